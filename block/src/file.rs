@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The driver `file`: a regular file or memfd behind a passed descriptor.
+//!
+//! The descriptor shares its offset and status flags with whoever passed it, so all I/O is positioned and no flag is ever
+//! set. The size is taken once, at open.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use rustix::fs::{FallocateFlags, FileType, SeekFrom};
+use rustix::io::Errno;
+
+use crate::driver::{Ask, Detail, Driver, DriverEntry, Mapping, OpenRequest, Prepared, Target, ZeroFlags};
+use crate::{Error, Result};
+
+pub(crate) const ENTRY: DriverEntry = DriverEntry {
+    name: "file",
+    summary: "a regular file, passed as a descriptor",
+    children: &[],
+    options: &[],
+    takes_descriptor: true,
+    open,
+};
+
+/// QEMU's sector: lengths are rounded up to it, and what lies past the end of the file reads as zeroes.
+const SECTOR: u64 = 512;
+
+struct File {
+    fd: Box<dyn AsFd + Send + Sync>,
+    len: u64,
+}
+
+fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
+    let OpenRequest { descriptor, filename, .. } = request;
+    let fd = descriptor.ok_or_else(|| Error::invalid("Parameter 'filename' is missing"))?;
+    let stat = rustix::fs::fstat(fd.as_fd()).map_err(|e| Error::io("look at the descriptor", e.into()))?;
+    if !FileType::from_raw_mode(stat.st_mode).is_file() {
+        return Err(Error::invalid(format!("'file' driver requires '{filename}' to be a regular file")));
+    }
+    let len = u64::try_from(stat.st_size)
+        .ok()
+        .and_then(|bytes| bytes.checked_next_multiple_of(SECTOR))
+        .filter(|&bytes| i64::try_from(bytes).is_ok())
+        .ok_or_else(|| Error::unsupported(format!("'{filename}' is larger than 2^63-512 bytes")))?;
+    Ok(Box::new(File { fd, len }))
+}
+
+impl Driver for File {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn map(&self, offset: u64, len: u64, ask: Ask) -> io::Result<Mapping<'_>> {
+        let fd = self.fd.as_fd();
+        let data = Mapping { target: Target::Fd { fd, offset }, len };
+        if ask.detail == Detail::Place {
+            return Ok(data);
+        }
+        // A file system that cannot tell holes answers EINVAL or EOPNOTSUPP: then all of it is data.
+        match rustix::fs::seek(fd, SeekFrom::Data(offset)) {
+            Ok(start) if start > offset => Ok(Mapping { target: Target::Zero, len: len.min(start - offset) }),
+            Ok(_) => match rustix::fs::seek(fd, SeekFrom::Hole(offset)) {
+                Ok(end) if end > offset => {
+                    // The implicit hole at the end of the file: the sector that it cuts is data to its last byte.
+                    let end = end.next_multiple_of(SECTOR);
+                    Ok(Mapping { len: len.min(end - offset), ..data })
+                }
+                _ => Ok(data),
+            },
+            Err(Errno::NXIO) => Ok(Mapping { target: Target::Zero, len }),
+            Err(_) => Ok(data),
+        }
+    }
+
+    fn prepare_write(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
+        Ok(Prepared { target: Target::Fd { fd: self.fd.as_fd(), offset }, len })
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
+        let fd = self.fd.as_fd();
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if flags.may_unmap && rustix::fs::fallocate(fd, punch, offset, len).is_ok() {
+            return Ok(());
+        }
+        // A hole between the end of the file and the node's rounded end needs no zeroes: it reads as zeroes already.
+        Ok(rustix::fs::fallocate(fd, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len)?)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        match rustix::fs::fallocate(
+            self.fd.as_fd(),
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            offset,
+            len,
+        ) {
+            Err(Errno::OPNOTSUPP) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(rustix::fs::fdatasync(self.fd.as_fd())?)
+    }
+}

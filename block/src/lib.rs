@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Block nodes: disk images in any format, fed by descriptors alone.
+//!
+//! A [`BlockNode`] is an open image with a name. Its [`Driver`] knows the format and answers one question above all,
+//! [`Driver::map`]: *where do these bytes live?* One loop in [`BlockNode::read`] asks it and does the I/O; the same answer
+//! serves block status, `lseek` on an export and the holes that a copy skips. The [`Graph`] holds the nodes and the edges
+//! between them and refuses what would corrupt an image. Formats stand in one table, [`DRIVERS`].
+//!
+//! Nothing here opens a file: the `file` driver takes a descriptor, every other driver takes nodes.
+
+mod driver;
+mod error;
+mod file;
+mod graph;
+mod node;
+mod qcow2;
+mod raw;
+
+pub use driver::{
+    Ask, ChildSpec, Children, DRIVERS, Detail, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, OptionKind,
+    OptionSpec, OptionValue, Options, Prepared, Target, ZeroFlags, driver_named,
+};
+pub use error::{Error, ErrorKind, Result};
+pub use graph::{Claim, Edge, Graph, NodeSpec, Use};
+pub use node::{BlockNode, Extent, ExtentKind};
+pub use sys::file::Wait;

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! An open image with a name: the one place where mapped bytes are read and written.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::io::Errno;
+use sys::file::{self, Wait};
+
+use crate::driver::{Ask, Detail, Driver, Info, Mapping, Target, ZeroFlags};
+
+/// Zeroes are written as data in pieces of this many bytes.
+const ZERO_PIECE: usize = 64 << 10;
+
+/// An open image. Requests come from any thread, in any order; offsets and lengths are bytes.
+pub struct BlockNode {
+    name: String,
+    driver_name: &'static str,
+    filename: String,
+    writable: AtomicBool,
+    driver: Box<dyn Driver>,
+}
+
+impl std::fmt::Debug for BlockNode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BlockNode").field("name", &self.name).field("driver", &self.driver_name).finish_non_exhaustive()
+    }
+}
+
+/// A run of bytes of one kind, as block status tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length in bytes, at least 1.
+    pub len: u64,
+    /// What is there.
+    pub kind: ExtentKind,
+    /// How many layers down the answer was found: 0 is this node.
+    pub depth: u32,
+}
+
+/// What a run of bytes is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentKind {
+    /// Stored data.
+    Data,
+    /// Reads as zeroes and takes no room.
+    Zero,
+}
+
+impl BlockNode {
+    /// A node over an opened driver. `filename` is what queries show: of a descriptor, or of the `file` child.
+    pub fn new(
+        name: impl Into<String>,
+        driver_name: &'static str,
+        filename: impl Into<String>,
+        writable: bool,
+        driver: Box<dyn Driver>,
+    ) -> BlockNode {
+        BlockNode {
+            name: name.into(),
+            driver_name,
+            filename: filename.into(),
+            writable: AtomicBool::new(writable),
+            driver,
+        }
+    }
+
+    /// The node-name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The driver's name.
+    pub fn driver_name(&self) -> &'static str {
+        self.driver_name
+    }
+
+    /// The file name that queries show; text only.
+    pub fn filename(&self) -> &str {
+        &self.filename
+    }
+
+    /// Whether requests may change the image.
+    pub fn writable(&self) -> bool {
+        self.writable.load(Ordering::Relaxed)
+    }
+
+    /// Size in bytes.
+    #[allow(clippy::len_without_is_empty, reason = "an empty disk is not a special case")]
+    pub fn len(&self) -> u64 {
+        self.driver.len()
+    }
+
+    /// Facts about the image.
+    pub fn info(&self) -> Info {
+        self.driver.info()
+    }
+
+    /// Smallest request in bytes without read-modify-write.
+    pub fn block_size(&self) -> u32 {
+        self.driver.block_size()
+    }
+
+    /// Fills `buf` from `offset`.
+    ///
+    /// # Errors
+    /// `EINVAL` past the end; `WouldBlock` only with [`Wait::Never`], and then `buf` holds nothing useful; else the errno of
+    /// the layer that failed.
+    pub fn read(&self, mut buf: &mut [u8], mut offset: u64, wait: Wait) -> io::Result<()> {
+        self.check_range(offset, buf.len() as u64)?;
+        let ask = Ask { detail: Detail::Place, wait };
+        while !buf.is_empty() {
+            let Mapping { target, len } = self.driver.map(offset, buf.len() as u64, ask)?;
+            let (piece, rest) = buf.split_at_mut(bounded(len, buf.len())?);
+            match target {
+                Target::Fd { fd, offset: at } => {
+                    let got = file::read_at(fd, piece, at, wait)?;
+                    piece[got..].fill(0);
+                }
+                Target::Data { node, offset: at } | Target::Child { node, offset: at } => {
+                    node.read_or_zero(piece, at, wait)?;
+                }
+                Target::Zero => piece.fill(0),
+                Target::Computed if wait == Wait::Never => return Err(io::ErrorKind::WouldBlock.into()),
+                Target::Computed => self.driver.read_computed(piece, offset)?,
+            }
+            offset += piece.len() as u64;
+            buf = rest;
+        }
+        Ok(())
+    }
+
+    /// Like [`BlockNode::read`], with zeroes past the end: how a layer reads a shorter layer below it.
+    ///
+    /// # Errors
+    /// As [`BlockNode::read`], but never for the end of the node.
+    pub fn read_or_zero(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()> {
+        let there = usize::try_from(self.len().saturating_sub(offset)).unwrap_or(usize::MAX).min(buf.len());
+        let (inside, beyond) = buf.split_at_mut(there);
+        beyond.fill(0);
+        if inside.is_empty() { Ok(()) } else { self.read(inside, offset, wait) }
+    }
+
+    /// Writes `buf` at `offset`; with `durable` it is on stable storage on return.
+    ///
+    /// # Errors
+    /// `EPERM` on a read-only node, `ENOSPC` past the end, else the errno of the layer that failed.
+    pub fn write(&self, mut buf: &[u8], mut offset: u64, durable: bool) -> io::Result<()> {
+        self.check_write(offset, buf.len() as u64)?;
+        while !buf.is_empty() {
+            let prepared = self.driver.prepare_write(offset, buf.len() as u64)?;
+            let (piece, rest) = buf.split_at(bounded(prepared.len, buf.len())?);
+            match prepared.target {
+                Target::Fd { fd, offset: at } => file::write_at(fd, piece, at, durable)?,
+                Target::Data { node, offset: at } | Target::Child { node, offset: at } => {
+                    node.write(piece, at, durable)?;
+                }
+                Target::Zero | Target::Computed => return Err(Errno::IO.into()),
+            }
+            offset += piece.len() as u64;
+            buf = rest;
+        }
+        Ok(())
+    }
+
+    /// Makes a range read as zeroes; with `durable` that is on stable storage on return.
+    ///
+    /// # Errors
+    /// As [`BlockNode::write`]; `EOPNOTSUPP` only with `flags.fast_only`.
+    pub fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags, durable: bool) -> io::Result<()> {
+        self.check_write(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        match self.driver.write_zeroes(offset, len, flags) {
+            Ok(()) if durable => self.flush(),
+            Err(e) if e.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) && !flags.fast_only => {
+                let zeroes = [0; ZERO_PIECE];
+                let mut done = 0;
+                while done < len {
+                    let piece = usize::try_from(len - done).unwrap_or(ZERO_PIECE).min(ZERO_PIECE);
+                    self.write(&zeroes[..piece], offset + done, false)?;
+                    done += piece as u64;
+                }
+                if durable { self.flush() } else { Ok(()) }
+            }
+            other => other,
+        }
+    }
+
+    /// Says that a range's content is of no further use. A hint: success promises nothing about later reads.
+    ///
+    /// # Errors
+    /// As [`BlockNode::write`].
+    pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check_write(offset, len)?;
+        if len == 0 { Ok(()) } else { self.driver.discard(offset, len) }
+    }
+
+    /// Returns when every write acknowledged before this call is on stable storage.
+    ///
+    /// # Errors
+    /// The errno of the host: then nothing is known about unflushed data.
+    pub fn flush(&self) -> io::Result<()> {
+        if self.writable() { self.driver.flush() } else { Ok(()) }
+    }
+
+    /// What stands at `offset`, for at most `len` bytes: the first run of one kind.
+    ///
+    /// # Errors
+    /// `EINVAL` if the range is empty or passes the end; else the errno of the layer that failed.
+    pub fn status(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        self.check_range(offset, len)?;
+        if len == 0 {
+            return Err(Errno::INVAL.into());
+        }
+        let ask = Ask { detail: Detail::Allocation, wait: Wait::Allowed };
+        let Mapping { target, len } = self.driver.map(offset, len, ask)?;
+        let extent = |kind| Ok(Extent { len, kind, depth: 0 });
+        match target {
+            Target::Fd { .. } | Target::Data { .. } | Target::Computed => extent(ExtentKind::Data),
+            Target::Zero => extent(ExtentKind::Zero),
+            Target::Child { node, offset: at } => match node.len().saturating_sub(at) {
+                0 => extent(ExtentKind::Zero),
+                there => {
+                    let below = node.status(at, len.min(there))?;
+                    Ok(Extent { depth: below.depth + 1, ..below })
+                }
+            },
+        }
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len() => Ok(()),
+            _ => Err(Errno::INVAL.into()),
+        }
+    }
+
+    fn check_write(&self, offset: u64, len: u64) -> io::Result<()> {
+        if !self.writable() {
+            return Err(Errno::PERM.into());
+        }
+        self.check_range(offset, len).map_err(|_| Errno::NOSPC.into())
+    }
+}
+
+/// A driver's length as a piece of the request; a driver that breaks its contract is an I/O error, never a panic.
+fn bounded(len: u64, most: usize) -> io::Result<usize> {
+    match usize::try_from(len) {
+        Ok(len) if 0 < len && len <= most => Ok(len),
+        _ => Err(Errno::IO.into()),
+    }
+}

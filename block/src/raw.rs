@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The driver `raw`: the node below, or a window on it.
+
+use std::io;
+use std::sync::Arc;
+
+use crate::driver::{
+    Ask, ChildSpec, Driver, DriverEntry, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared, Target, ZeroFlags,
+};
+use crate::{BlockNode, Error, Result};
+
+pub(crate) const ENTRY: DriverEntry = DriverEntry {
+    name: "raw",
+    summary: "the bytes of the node below, or a window on them",
+    children: &[ChildSpec { name: "file", required: true, written: true }],
+    options: &[
+        OptionSpec { name: "offset", kind: OptionKind::Size, summary: "first byte of the window, default 0" },
+        OptionSpec { name: "size", kind: OptionKind::Size, summary: "bytes in the window, a multiple of 512" },
+    ],
+    takes_descriptor: false,
+    open,
+};
+
+/// A window on another node.
+struct Raw {
+    file: Arc<BlockNode>,
+    offset: u64,
+    len: u64,
+}
+
+fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
+    let file = request.child("file")?;
+    let there = file.len();
+    let offset = request.size("offset").unwrap_or(0);
+    let Some(after) = there.checked_sub(offset) else {
+        return Err(Error::invalid(format!(
+            "Offset ({offset}) cannot be greater than size of the containing file ({there})"
+        )));
+    };
+    let len = match request.size("size") {
+        None => after,
+        Some(size) if size % 512 != 0 => {
+            return Err(Error::invalid(format!("Specified size is not multiple of 512: {size} bytes")));
+        }
+        Some(size) if size > after => {
+            return Err(Error::invalid(format!(
+                "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the actual size of the \
+                 containing file ({there})"
+            )));
+        }
+        Some(size) => size,
+    };
+    Ok(Box::new(Raw { file, offset, len }))
+}
+
+impl Driver for Raw {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn map(&self, offset: u64, len: u64, _: Ask) -> io::Result<Mapping<'_>> {
+        Ok(Mapping { target: Target::Child { node: &self.file, offset: self.offset + offset }, len })
+    }
+
+    fn prepare_write(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
+        Ok(Prepared { target: Target::Data { node: &self.file, offset: self.offset + offset }, len })
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
+        self.file.write_zeroes(self.offset + offset, len, flags, false)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.file.discard(self.offset + offset, len)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.flush()
+    }
+
+    fn block_size(&self) -> u32 {
+        self.file.block_size()
+    }
+}

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Descriptors that came by number: inherited over `exec`, or as standard input.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::Mutex;
+
+/// Numbers already handed out by [`inherited`]: one owner each.
+static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
+
+/// Takes ownership of descriptor `number`, which the parent left open across `exec`, and marks it close-on-exec.
+///
+/// # Errors
+/// `EINVAL` for the standard streams and negative numbers, `EBADF` if nothing is open under the number, was opened by
+/// this process itself (it is close-on-exec already), or was taken before.
+pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
+    if number <= 2 {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let mut taken = TAKEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // SAFETY: fcntl with F_GETFD only reads the flags of a number; an unused number answers EBADF.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    // Rust and this project open everything close-on-exec, so a clear flag means: inherited, without an owner here.
+    if flags < 0 || flags & libc::FD_CLOEXEC != 0 || !taken.insert(number) {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: the number is open, is not owned by anything else in this process (see above), and is owned from here on.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(fd)
+}
+
+/// Takes what stands as standard input, close-on-exec, and leaves `/dev/null` in its place. This is how a parent hands a
+/// child its first socket: standard input needs no agreement about numbers.
+///
+/// # Errors
+/// `EMFILE`, or the errno of opening `/dev/null`: call it before the process is confined.
+pub fn standard_input() -> io::Result<OwnedFd> {
+    let fd = rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3)?;
+    let null = std::fs::File::open("/dev/null")?;
+    rustix::stdio::dup2_stdin(null)?;
+    Ok(fd)
+}

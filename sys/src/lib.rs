@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The one crate with `unsafe`: what Linux offers and neither std nor rustix wraps safely.
+//!
+//! Everything here is a thin function with a safe face. A module stands for one corner of the kernel:
+//! [`fd`] takes ownership of inherited descriptors, [`file`] does positioned I/O that may refuse to sleep,
+//! [`disk`] asks block devices for their size, [`signal`] turns signals into a readable descriptor.
+
+pub mod disk;
+pub mod fd;
+pub mod file;
+pub mod signal;
