@@ -221,6 +221,7 @@ pub enum InfoValue {
 
 /// An open image. Offsets are bytes of the guest's view, below [`Driver::len`]; [`BlockNode`] has checked them.
 /// Every method may be called from any thread at any time.
+#[allow(clippy::len_without_is_empty, reason = "an empty disk is not a special case")]
 pub trait Driver: Send + Sync {
     /// Size of the guest's view in bytes.
     fn len(&self) -> u64;

@@ -200,10 +200,11 @@ impl Graph {
     pub fn release(&mut self, claim: Claim) {
         let Some(entry) = self.nodes.get_mut(&claim.node) else { return };
         entry.claims.remove(&claim.id);
-        if entry.owned && entry.claims.is_empty() {
-            if let Some(entry) = self.nodes.remove(&claim.node) {
-                self.release_all(entry.edges);
-            }
+        if entry.owned
+            && entry.claims.is_empty()
+            && let Some(entry) = self.nodes.remove(&claim.node)
+        {
+            self.release_all(entry.edges);
         }
     }
 

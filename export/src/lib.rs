@@ -1,1 +1,11 @@
-//! Not written yet.
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What serves block nodes to clients.
+//!
+//! An export is a node under a name. Its clients' bytes are foreign, so everything here treats them as hostile; its sockets
+//! arrive as descriptors, so nothing here opens, binds or connects. [`nbd`] is the protocol that exists, [`Workers`] are the
+//! threads that sleep in its stead.
+
+pub mod nbd;
+mod workers;
+
+pub use workers::Workers;

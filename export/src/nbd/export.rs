@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A node under a name that NBD clients can choose.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use block::BlockNode;
+
+use super::proto::flag;
+use super::stream::Stream;
+
+/// What an export is made of.
+#[derive(Debug)]
+pub struct Settings {
+    /// The name that clients ask for, at most 4096 bytes.
+    pub name: String,
+    /// Free text for `NBD_OPT_LIST`.
+    pub description: Option<String>,
+    /// The node.
+    pub node: Arc<BlockNode>,
+    /// Whether clients may change it; the node is then writable too.
+    pub writable: bool,
+}
+
+/// A served node and its clients.
+#[derive(Debug)]
+pub struct Export {
+    settings: Settings,
+    clients: Mutex<Clients>,
+}
+
+#[derive(Debug, Default)]
+struct Clients {
+    closing: bool,
+    streams: BTreeMap<u64, Arc<Stream>>,
+}
+
+impl Export {
+    pub(super) fn new(settings: Settings) -> Export {
+        Export { settings, clients: Mutex::default() }
+    }
+
+    /// The name that clients ask for.
+    pub fn name(&self) -> &str {
+        &self.settings.name
+    }
+
+    /// Free text.
+    pub fn description(&self) -> Option<&str> {
+        self.settings.description.as_deref()
+    }
+
+    /// The node.
+    pub fn node(&self) -> &Arc<BlockNode> {
+        &self.settings.node
+    }
+
+    /// Whether clients may change the node.
+    pub fn writable(&self) -> bool {
+        self.settings.writable
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.node().len()
+    }
+
+    /// Smallest request in bytes.
+    pub fn block_size(&self) -> u32 {
+        self.node().block_size()
+    }
+
+    /// Transmission flags. Several connections see each other's writes: they share the node and its host file.
+    pub fn flags(&self, structured: bool) -> u16 {
+        let always = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::SEND_CACHE | flag::CAN_MULTI_CONN;
+        let changing = if self.writable() {
+            flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO
+        } else {
+            flag::READ_ONLY
+        };
+        always | changing | if structured { flag::SEND_DF } else { 0 }
+    }
+
+    /// Number of clients in transmission.
+    pub fn clients(&self) -> usize {
+        self.lock().streams.len()
+    }
+
+    /// No new clients from now on; those there are hung up on. They are gone when [`Export::clients`] is 0.
+    pub(super) fn close(&self) {
+        let mut clients = self.lock();
+        clients.closing = true;
+        for stream in clients.streams.values() {
+            stream.hang_up();
+        }
+    }
+
+    /// Lets a client in, unless the export is closing.
+    pub(super) fn enter(&self, client: u64, stream: &Arc<Stream>) -> bool {
+        let mut clients = self.lock();
+        if !clients.closing {
+            clients.streams.insert(client, Arc::clone(stream));
+        }
+        !clients.closing
+    }
+
+    pub(super) fn leave(&self, client: u64) {
+        self.lock().streams.remove(&client);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Clients> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The NBD server: a passed listening socket, the exports that its clients may choose, a thread for each client.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+use tracing::{debug, warn};
+
+use super::export::{Export, Settings};
+use super::handshake::{self, Exports};
+use super::stream::Stream;
+use super::transmission;
+use crate::workers::Workers;
+
+/// Stack of a connection's thread in bytes: all large buffers are on the heap.
+const STACK: usize = 256 << 10;
+
+/// Bounds on what clients can take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Most clients at once, in negotiation or beyond; 0 is no limit. Further ones wait in the listener's queue.
+    pub connections: usize,
+    /// How long a client may take to choose an export; zero is no limit.
+    pub handshake: Duration,
+}
+
+impl Default for Limits {
+    /// QEMU's defaults: 100 clients, 10 seconds.
+    fn default() -> Limits {
+        Limits { connections: 100, handshake: Duration::from_secs(10) }
+    }
+}
+
+/// A running server.
+pub struct Server {
+    shared: Arc<Shared>,
+    listener: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    limits: Limits,
+    workers: Workers,
+    /// Called when a client has left or the listener has ended.
+    changed: Box<dyn Fn() + Send + Sync>,
+    /// Readable when the listener's thread should look up from its sleep.
+    wake: OwnedFd,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    exports: BTreeMap<String, Arc<Export>>,
+    clients: BTreeMap<u64, Arc<Stream>>,
+    next_client: u64,
+    stopping: bool,
+}
+
+impl Server {
+    /// Serves clients of `listener`, a listening stream socket. `changed` is called from any thread when a client has left.
+    ///
+    /// # Errors
+    /// `EMFILE`, or no thread to be had.
+    pub fn start(
+        listener: OwnedFd,
+        limits: Limits,
+        workers: Workers,
+        changed: impl Fn() + Send + Sync + 'static,
+    ) -> io::Result<Server> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let state = Mutex::default();
+        let shared = Arc::new(Shared { limits, workers, changed: Box::new(changed), wake, state });
+        let accepting = Arc::clone(&shared);
+        let thread = thread::Builder::new().name("nbd-listen".into()).stack_size(STACK);
+        let listener = thread.spawn(move || accepting.accept_all(&listener))?;
+        Ok(Server { shared, listener: Some(listener) })
+    }
+
+    /// Offers an export. `None` if its name is taken.
+    pub fn add(&self, settings: Settings) -> Option<Arc<Export>> {
+        let mut state = self.shared.lock();
+        if state.exports.contains_key(&settings.name) {
+            return None;
+        }
+        let export = Arc::new(Export::new(settings));
+        state.exports.insert(export.name().to_owned(), Arc::clone(&export));
+        Some(export)
+    }
+
+    /// Withdraws an export and hangs up on its clients; it is in use until [`Export::clients`] is 0.
+    pub fn remove(&self, name: &str) {
+        let removed = self.shared.lock().exports.remove(name);
+        if let Some(export) = removed {
+            export.close();
+        }
+    }
+
+    /// Number of clients, those in negotiation included.
+    pub fn clients(&self) -> usize {
+        self.shared.lock().clients.len()
+    }
+
+    /// Closes the listener, withdraws every export and hangs up on every client. Returns when the listener is closed.
+    pub fn stop(mut self) {
+        self.shut_down();
+    }
+
+    fn shut_down(&mut self) {
+        let exports = {
+            let mut state = self.shared.lock();
+            state.stopping = true;
+            for stream in state.clients.values() {
+                stream.hang_up();
+            }
+            std::mem::take(&mut state.exports)
+        };
+        for export in exports.into_values() {
+            export.close();
+        }
+        self.shared.wake_listener();
+        if let Some(listener) = self.listener.take() {
+            let _ = listener.join();
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shut_down();
+    }
+}
+
+impl Exports for Shared {
+    fn named(&self, name: &str) -> Option<Arc<Export>> {
+        self.lock().exports.get(name).cloned()
+    }
+
+    fn all(&self) -> Vec<Arc<Export>> {
+        self.lock().exports.values().cloned().collect()
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake_listener(&self) {
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// The listener's thread.
+    fn accept_all(self: &Arc<Shared>, listener: &OwnedFd) {
+        let mut resting = false;
+        loop {
+            let full = {
+                let state = self.lock();
+                if state.stopping {
+                    return;
+                }
+                self.limits.connections != 0 && state.clients.len() >= self.limits.connections
+            };
+            let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
+            if !full && !resting {
+                fds.push(PollFd::new(listener, PollFlags::IN));
+            }
+            // Out of descriptors the listener stays readable: rest until a client leaves, or a moment.
+            let rest = rustix::event::Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+            if poll(&mut fds, resting.then_some(&rest)).is_err() {
+                continue;
+            }
+            resting = false;
+            let mut count = [0; 8];
+            let _ = rustix::io::read(&self.wake, &mut count);
+            if fds.get(1).is_none_or(|fd| fd.revents().is_empty()) {
+                continue;
+            }
+            match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
+                Ok(socket) => self.welcome(socket),
+                Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                    warn!("no descriptor left for a new NBD client");
+                    resting = true;
+                }
+                Err(Errno::INVAL | Errno::BADF | Errno::NOTSOCK) => {
+                    warn!("the NBD listener does not listen any more");
+                    return;
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Starts a client's thread.
+    fn welcome(self: &Arc<Shared>, socket: OwnedFd) {
+        let stream = Arc::new(Stream::new(socket));
+        let client = {
+            let mut state = self.lock();
+            let client = state.next_client;
+            state.next_client += 1;
+            state.clients.insert(client, Arc::clone(&stream));
+            client
+        };
+        let shared = Arc::clone(self);
+        let thread = thread::Builder::new().name(format!("nbd-{client}")).stack_size(STACK);
+        if let Err(e) = thread.spawn(move || shared.serve(client, stream)) {
+            warn!(client, "no thread for a new NBD client: {e}");
+            self.lock().clients.remove(&client);
+        }
+    }
+
+    /// A client's thread, from greeting to end.
+    fn serve(&self, client: u64, stream: Arc<Stream>) {
+        // Leaves the books on every way out, a panic included.
+        let _present = Present { shared: self, client };
+        let deadline = (!self.limits.handshake.is_zero()).then(|| Instant::now() + self.limits.handshake);
+        let agreed = match handshake::negotiate(&stream, self, deadline) {
+            Ok(Some(agreed)) => agreed,
+            Ok(None) => return,
+            Err(e) => return debug!(client, "NBD negotiation: {e}"),
+        };
+        if !agreed.export.enter(client, &stream) {
+            return;
+        }
+        let _inside = Inside { export: &agreed.export, client };
+        if let Err(e) = transmission::serve(&stream, &agreed, &self.workers) {
+            debug!(client, export = agreed.export.name(), "NBD client: {e}");
+        }
+        // The peer learns at once; the descriptor goes with the last of its holders.
+        stream.hang_up();
+    }
+}
+
+struct Inside<'a> {
+    export: &'a Export,
+    client: u64,
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.export.leave(self.client);
+    }
+}
+
+struct Present<'a> {
+    shared: &'a Shared,
+    client: u64,
+}
+
+impl Drop for Present<'_> {
+    fn drop(&mut self) {
+        self.shared.lock().clients.remove(&self.client);
+        self.shared.wake_listener();
+        (self.shared.changed)();
+    }
+}

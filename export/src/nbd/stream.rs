@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A connected socket: exact reads and writes, with a deadline while the peer has proved nothing yet.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
+
+/// A connected stream socket, unix or TCP.
+#[derive(Debug)]
+pub struct Stream(OwnedFd);
+
+impl Stream {
+    /// Takes a connected, blocking socket.
+    pub fn new(socket: OwnedFd) -> Stream {
+        // Replies are gathered into one write already; only TCP knows the option.
+        let _ = rustix::net::sockopt::set_tcp_nodelay(&socket, true);
+        Stream(socket)
+    }
+
+    /// Receives what is there, at least one byte; 0 is the end.
+    ///
+    /// # Errors
+    /// The errno of the receive; `WouldBlock` only with `wait` false.
+    pub fn receive(&self, buf: &mut [u8], wait: bool) -> io::Result<usize> {
+        let flags = if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
+        loop {
+            match rustix::net::recv(&self.0, &mut *buf, flags) {
+                Ok((n, _)) => return Ok(n),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// Fills `buf`, until `deadline` if there is one.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` if the peer ends first, `TimedOut` at the deadline.
+    pub fn read_exact(&self, mut buf: &mut [u8], deadline: Option<Instant>) -> io::Result<()> {
+        while !buf.is_empty() {
+            self.wait_for(PollFlags::IN, deadline)?;
+            match self.receive(buf, true)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => buf = &mut buf[n..],
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends all of `bytes`, until `deadline` if there is one. A peer that does not read holds up its own thread only.
+    ///
+    /// # Errors
+    /// `BrokenPipe` and friends if the peer has gone, `TimedOut` at the deadline.
+    pub fn write_all(&self, mut bytes: &[u8], deadline: Option<Instant>) -> io::Result<()> {
+        let flags = if deadline.is_some() { SendFlags::NOSIGNAL | SendFlags::DONTWAIT } else { SendFlags::NOSIGNAL };
+        while !bytes.is_empty() {
+            self.wait_for(PollFlags::OUT, deadline)?;
+            match rustix::net::send(&self.0, bytes, flags) {
+                Ok(n) => bytes = &bytes[n..],
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends both directions: whoever sleeps in a call on this socket wakes up.
+    pub fn hang_up(&self) {
+        let _ = rustix::net::shutdown(&self.0, Shutdown::Both);
+    }
+
+    fn wait_for(&self, what: PollFlags, deadline: Option<Instant>) -> io::Result<()> {
+        let Some(deadline) = deadline else { return Ok(()) };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left == Duration::ZERO {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let timeout = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(&self.0, what)], Some(&timeout)) {
+            Ok(0) => Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
