@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use crate::driver::{Children, OpenRequest, Options, driver_named};
+use crate::node::NodeAccess;
 use crate::{BlockNode, Error, ErrorKind, Result};
 
 /// A node to be made.
@@ -17,8 +18,8 @@ pub struct NodeSpec {
     pub name: Option<String>,
     /// The driver's name.
     pub driver: &'static str,
-    /// Whether it may be written.
-    pub writable: bool,
+    /// What requests may do to it.
+    pub access: NodeAccess,
     /// The descriptor, for a driver that takes one.
     pub descriptor: Option<Box<dyn AsFd + Send + Sync>>,
     /// What the user called the descriptor.
@@ -58,6 +59,8 @@ pub struct Claim {
 
 struct Entry {
     node: Arc<BlockNode>,
+    /// Grows with every node: queries list the newest first.
+    age: u64,
     claims: BTreeMap<u64, Use>,
     /// Claims that this node holds on its children.
     edges: Vec<(Edge, Claim)>,
@@ -69,6 +72,7 @@ struct Entry {
 #[derive(Default)]
 pub struct Graph {
     nodes: BTreeMap<String, Entry>,
+    next_age: u64,
     next_claim: u64,
     next_name: u32,
 }
@@ -95,7 +99,7 @@ impl Graph {
         let mut edges = Vec::new();
         for child in entry.children {
             let Some(node_name) = spec.children.get(child.name) else { continue };
-            let writes = child.written && spec.writable;
+            let writes = child.written && spec.access.writable;
             let usage = Use { user: format!("node '{name}' as '{}'", child.name), writes, shares_writes: !writes };
             let claim = match self.claim(node_name, usage) {
                 Ok(claim) => claim,
@@ -117,12 +121,14 @@ impl Graph {
             filename: filename.clone(),
             children,
             options: spec.options,
-            writable: spec.writable,
+            writable: spec.access.writable,
         };
         match (entry.open)(request) {
             Ok(driver) => {
-                let node = Arc::new(BlockNode::new(name.clone(), entry.name, filename, spec.writable, driver));
-                let entry = Entry { node: Arc::clone(&node), claims: BTreeMap::new(), edges, owned: false };
+                let node = Arc::new(BlockNode::new(name.clone(), entry.name, filename, spec.access, driver));
+                let age = self.next_age;
+                self.next_age += 1;
+                let entry = Entry { node: Arc::clone(&node), age, claims: BTreeMap::new(), edges, owned: false };
                 self.nodes.insert(name, entry);
                 Ok(node)
             }
@@ -208,9 +214,11 @@ impl Graph {
         }
     }
 
-    /// Every node and its edges, by name.
-    pub fn iter(&self) -> impl Iterator<Item = (&Arc<BlockNode>, Vec<&Edge>)> {
-        self.nodes.values().map(|entry| (&entry.node, entry.edges.iter().map(|(edge, _)| edge).collect()))
+    /// Every node and its edges, the newest first.
+    pub fn nodes(&self) -> Vec<(&Arc<BlockNode>, Vec<&Edge>)> {
+        let mut entries: Vec<&Entry> = self.nodes.values().collect();
+        entries.sort_by_key(|entry| std::cmp::Reverse(entry.age));
+        entries.iter().map(|entry| (&entry.node, entry.edges.iter().map(|(edge, _)| edge).collect())).collect()
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {

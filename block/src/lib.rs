@@ -22,5 +22,5 @@ pub use driver::{
 };
 pub use error::{Error, ErrorKind, Result};
 pub use graph::{Claim, Edge, Graph, NodeSpec, Use};
-pub use node::{BlockNode, Extent, ExtentKind};
+pub use node::{BlockNode, Extent, ExtentKind, NodeAccess};
 pub use sys::file::Wait;

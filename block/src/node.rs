@@ -18,6 +18,7 @@ pub struct BlockNode {
     driver_name: &'static str,
     filename: String,
     writable: AtomicBool,
+    unmap: bool,
     driver: Box<dyn Driver>,
 }
 
@@ -25,6 +26,15 @@ impl std::fmt::Debug for BlockNode {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("BlockNode").field("name", &self.name).field("driver", &self.driver_name).finish_non_exhaustive()
     }
+}
+
+/// What requests may do to a node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NodeAccess {
+    /// They may change it.
+    pub writable: bool,
+    /// They may give room back (QAPI's `discard: unmap`). Without it a discard does nothing and zeroes keep their room.
+    pub unmap: bool,
 }
 
 /// A run of bytes of one kind, as block status tells it.
@@ -53,14 +63,15 @@ impl BlockNode {
         name: impl Into<String>,
         driver_name: &'static str,
         filename: impl Into<String>,
-        writable: bool,
+        access: NodeAccess,
         driver: Box<dyn Driver>,
     ) -> BlockNode {
         BlockNode {
             name: name.into(),
             driver_name,
             filename: filename.into(),
-            writable: AtomicBool::new(writable),
+            writable: AtomicBool::new(access.writable),
+            unmap: access.unmap,
             driver,
         }
     }
@@ -172,6 +183,7 @@ impl BlockNode {
         if len == 0 {
             return Ok(());
         }
+        let flags = ZeroFlags { may_unmap: flags.may_unmap && self.unmap, ..flags };
         match self.driver.write_zeroes(offset, len, flags) {
             Ok(()) if durable => self.flush(),
             Err(e) if e.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) && !flags.fast_only => {
@@ -194,7 +206,7 @@ impl BlockNode {
     /// As [`BlockNode::write`].
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check_write(offset, len)?;
-        if len == 0 { Ok(()) } else { self.driver.discard(offset, len) }
+        if len == 0 || !self.unmap { Ok(()) } else { self.driver.discard(offset, len) }
     }
 
     /// Returns when every write acknowledged before this call is on stable storage.
