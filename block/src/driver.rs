@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What an image format answers, and the table of the formats that exist.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -93,6 +93,8 @@ pub struct OpenRequest {
     pub filename: String,
     /// The nodes it is built from.
     pub children: Children,
+    /// Edges that the caller says there are none of, whatever the image names.
+    pub detached: BTreeSet<&'static str>,
     /// The options given.
     pub options: Options,
     /// Whether requests may change the image. Without it the driver writes nothing, not even a header.
@@ -196,6 +198,10 @@ pub struct ZeroFlags {
 /// What a driver tells about its image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Info {
+    /// Whether the image was not closed properly.
+    pub dirty: bool,
+    /// Bytes that the host file takes, where that is known.
+    pub allocated_size: Option<u64>,
     /// Cluster size in bytes, if the format has clusters.
     pub cluster_size: Option<u64>,
     /// The backing file's name as it stands in the image: untrusted text, never opened.

@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use rustix::fs::{FallocateFlags, FileType, SeekFrom};
 use rustix::io::Errno;
 
-use crate::driver::{Ask, Detail, Driver, DriverEntry, Mapping, OpenRequest, Prepared, Target, ZeroFlags};
+use crate::driver::{Ask, Detail, Driver, DriverEntry, Info, Mapping, OpenRequest, Prepared, Target, ZeroFlags};
 use crate::{Error, Result};
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {
@@ -100,5 +100,11 @@ impl Driver for File {
 
     fn flush(&self) -> io::Result<()> {
         Ok(rustix::fs::fdatasync(self.fd.as_fd())?)
+    }
+
+    fn info(&self) -> Info {
+        // st_blocks counts units of 512 bytes whatever the file system's block is (stat(2)).
+        let blocks = rustix::fs::fstat(self.fd.as_fd()).ok().and_then(|stat| u64::try_from(stat.st_blocks).ok());
+        Info { allocated_size: blocks.and_then(|blocks| blocks.checked_mul(512)), ..Info::default() }
     }
 }

@@ -4,7 +4,7 @@
 //! One owner, the control thread. Exports and parents hold a [`Claim`]; the graph refuses a claim that another one excludes
 //! and the removal of a claimed node. A node's children exist before it does, so a loop cannot be written down.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -26,6 +26,8 @@ pub struct NodeSpec {
     pub filename: String,
     /// Edge name to node-name.
     pub children: BTreeMap<&'static str, String>,
+    /// Edges that the caller says there are none of, although the image may name one (QAPI's `null`).
+    pub detached: BTreeSet<&'static str>,
     /// Checked options.
     pub options: Options,
 }
@@ -120,6 +122,7 @@ impl Graph {
             descriptor: spec.descriptor,
             filename: filename.clone(),
             children,
+            detached: spec.detached,
             options: spec.options,
             writable: spec.access.writable,
         };
@@ -221,6 +224,13 @@ impl Graph {
         entries.iter().map(|entry| (&entry.node, entry.edges.iter().map(|(edge, _)| edge).collect())).collect()
     }
 
+    /// Number of layers below a node: how far its `backing` edges go.
+    pub fn backing_depth(&self, name: &str) -> u32 {
+        let Some(entry) = self.nodes.get(name) else { return 0 };
+        let backing = entry.edges.iter().find(|(edge, _)| edge.name == "backing");
+        backing.map_or(0, |(edge, _)| 1 + self.backing_depth(&edge.child))
+    }
+
     fn entry(&self, name: &str) -> Result<&Entry> {
         self.nodes.get(name).ok_or_else(|| Error::invalid(format!("Failed to find node with node-name='{name}'")))
     }
@@ -231,11 +241,8 @@ impl Graph {
         }
     }
 
-    /// QEMU's rule for names (`id_wellformed`): a letter, then letters, digits, `-`, `.`, `_`; at most 31 bytes.
     fn checked_name(&self, name: String) -> Result<String> {
-        let well_formed = name.bytes().next().is_some_and(|b| b.is_ascii_alphabetic())
-            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b));
-        if !well_formed {
+        if !id_is_well_formed(&name) {
             return Err(Error::invalid(format!("Invalid node-name: '{name}'")));
         }
         if name.len() > 31 {
@@ -256,4 +263,10 @@ impl Graph {
             }
         }
     }
+}
+
+/// QEMU's rule for ids that users choose (`id_wellformed`): a letter, then letters, digits, `-`, `.` and `_`.
+pub fn id_is_well_formed(id: &str) -> bool {
+    id.bytes().next().is_some_and(|b| b.is_ascii_alphabetic())
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
 }

@@ -21,6 +21,6 @@ pub use driver::{
     OptionSpec, OptionValue, Options, Prepared, Target, ZeroFlags, driver_named,
 };
 pub use error::{Error, ErrorKind, Result};
-pub use graph::{Claim, Edge, Graph, NodeSpec, Use};
+pub use graph::{Claim, Edge, Graph, NodeSpec, Use, id_is_well_formed};
 pub use node::{BlockNode, Extent, ExtentKind, NodeAccess};
 pub use sys::file::Wait;

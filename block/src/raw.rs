@@ -5,7 +5,8 @@ use std::io;
 use std::sync::Arc;
 
 use crate::driver::{
-    Ask, ChildSpec, Driver, DriverEntry, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared, Target, ZeroFlags,
+    Ask, ChildSpec, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared, Target,
+    ZeroFlags,
 };
 use crate::{BlockNode, Error, Result};
 
@@ -80,5 +81,9 @@ impl Driver for Raw {
 
     fn block_size(&self) -> u32 {
         self.file.block_size()
+    }
+
+    fn info(&self) -> Info {
+        Info { allocated_size: self.file.info().allocated_size, ..Info::default() }
     }
 }

@@ -40,6 +40,7 @@ impl Fixture {
                 descriptor: Some(Box::new(file.try_clone().unwrap())),
                 filename: "/dev/fdset/0".into(),
                 children: [].into(),
+                detached: [].into(),
                 options: [].into(),
             })
             .unwrap();
