@@ -197,9 +197,9 @@ pub struct SetsSeen {
 }
 
 impl SetsSeen {
-    pub(crate) fn new<'a>(ids: impl ExactSizeIterator<Item = &'a i64>) -> SetsSeen {
-        let total = ids.len();
-        SetsSeen { shown: ids.take(SHOWN).copied().collect(), total }
+    /// `ids` is in ascending order.
+    pub(crate) fn new(ids: impl Iterator<Item = i64>, total: usize) -> SetsSeen {
+        SetsSeen { shown: ids.take(SHOWN).collect(), total }
     }
 }
 

@@ -17,6 +17,14 @@ impl FreeIds {
         self.0.first_key_value().map_or(i64::MAX, |(&first, _)| first)
     }
 
+    /// The ids that are taken, in ascending order.
+    pub(crate) fn taken(&self) -> impl Iterator<Item = i64> {
+        // Between the end of one free range and the start of the next; `None` for past the last id.
+        let ends = std::iter::once(Some(0)).chain(self.0.values().map(|last| last.checked_add(1)));
+        let starts = self.0.keys().map(|&first| first - 1).chain(std::iter::once(i64::MAX));
+        ends.zip(starts).filter_map(|(from, to)| from.map(|from| from..=to)).flatten()
+    }
+
     /// Takes `id`, if it is free.
     pub(crate) fn take(&mut self, id: i64) {
         let Some((&first, &last)) = self.0.range(..=id).next_back() else { return };
@@ -76,6 +84,20 @@ mod tests {
             free.give(id);
         }
         assert_eq!(free.0, FreeIds::all().0);
+    }
+
+    #[test]
+    fn taken_ids_are_told_in_order_up_to_the_last() {
+        let mut free = FreeIds::all();
+        let ids = [0, 1, 5, i64::MAX - 1, i64::MAX];
+        for id in ids.into_iter().rev() {
+            free.take(id);
+        }
+        assert_eq!(free.taken().collect::<Vec<_>>(), ids);
+        for id in ids {
+            free.give(id);
+        }
+        assert_eq!(free.taken().count(), 0);
     }
 
     #[test]

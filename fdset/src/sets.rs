@@ -9,7 +9,7 @@ use rustix::io::fcntl_dupfd_cloexec;
 
 use crate::dup::Ticket;
 use crate::policy::refusal;
-use crate::state::{Descriptor, State};
+use crate::state::{About, State};
 use crate::{
     Access, Dup, Error, FdPolicy, Identity, InUse, Keeper, Lifetime, Peer, Provenance, Quotas, Refused, Rights,
     SetInfo, path,
@@ -101,11 +101,11 @@ impl FdSets {
                 None => Some(identity),
             },
         };
-        let descriptor = Descriptor { fd, rights, identity, opaque, provenance, dups: 0 };
+        let about = About { identity, opaque, provenance };
         // Declared after the descriptor, hence given up before it: one over quota is closed without the lock.
         let mut state = self.shared.lock();
         let id = state.room_for(set, provenance.peer, &self.settings.quotas)?;
-        Ok(state.add(id, descriptor))
+        Ok(state.add(id, fd, rights, about))
     }
 
     /// Closes descriptor number `fd` of a set, or all its descriptors; tells how many. Dups live on and keep the id taken;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The tables under [`FdSets`](crate::FdSets). Every look-up is by key, so ten thousand sets cost what ten do.
+//! The tables under [`FdSets`](crate::FdSets). Every look-up is by key, so ten thousand sets cost what ten do; what a
+//! search touches lies apart from what only listings need, so that it stays in the cache.
 //!
 //! Nothing is closed here: what leaves the tables is returned, and the caller closes it without the lock. A number is
 //! struck from the index before its descriptor can be closed, so it never names another thread's new file.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
@@ -17,7 +18,10 @@ use crate::{
 
 #[derive(Debug)]
 pub(crate) struct State {
-    sets: BTreeMap<i64, Set>,
+    sets: HashMap<i64, Set>,
+    /// By serial: new entries go to the end.
+    abouts: BTreeMap<u64, About>,
+    /// Also knows the order of the sets.
     free: FreeIds,
     /// Set and serial of each descriptor, by number.
     by_number: HashMap<i32, (i64, u64)>,
@@ -32,19 +36,26 @@ pub(crate) struct State {
 /// Both by serial, the oldest first.
 #[derive(Debug, Default)]
 struct Set {
-    fds: BTreeMap<u64, Descriptor>,
+    fds: VecDeque<Descriptor>,
     dups: BTreeMap<u64, DupEntry>,
 }
 
+/// What a search looks at.
 #[derive(Debug)]
-pub(crate) struct Descriptor {
-    pub(crate) fd: OwnedFd,
+struct Descriptor {
+    serial: u64,
+    fd: OwnedFd,
     /// Of the time of adding. Only the mode is certain to stay.
-    pub(crate) rights: Rights,
+    rights: Rights,
+    dups: usize,
+}
+
+/// What else is known of a descriptor.
+#[derive(Debug)]
+pub(crate) struct About {
     pub(crate) identity: Option<Identity>,
     pub(crate) opaque: Option<String>,
     pub(crate) provenance: Provenance,
-    pub(crate) dups: usize,
 }
 
 #[derive(Debug)]
@@ -65,7 +76,8 @@ pub(crate) struct Found<'a> {
 impl State {
     pub(crate) fn new(settings: &Settings) -> State {
         State {
-            sets: BTreeMap::new(),
+            sets: HashMap::new(),
+            abouts: BTreeMap::new(),
             free: FreeIds::all(),
             by_number: HashMap::new(),
             by_user: HashMap::new(),
@@ -95,16 +107,20 @@ impl State {
         Ok(id)
     }
 
-    /// Puts `descriptor` into set `id`, which is made if it is not there.
-    pub(crate) fn add(&mut self, id: i64, descriptor: Descriptor) -> Added {
-        if let Some(peer) = descriptor.provenance.peer {
+    /// Puts `fd` into set `id`, which is made if it is not there.
+    pub(crate) fn add(&mut self, id: i64, fd: OwnedFd, rights: Rights, about: About) -> Added {
+        if let Some(peer) = about.provenance.peer {
             *self.by_user.entry(peer.uid).or_default() += 1;
         }
         let serial = self.serial();
-        let number = descriptor.fd.as_raw_fd();
+        let number = fd.as_raw_fd();
         self.by_number.insert(number, (id, serial));
-        self.free.take(id);
-        self.sets.entry(id).or_default().fds.insert(serial, descriptor);
+        self.abouts.insert(serial, about);
+        let set = self.sets.entry(id).or_insert_with(|| {
+            self.free.take(id);
+            Set::default()
+        });
+        set.fds.push_back(Descriptor { serial, fd, rights, dups: 0 });
         Added { set_id: id, fd: number }
     }
 
@@ -113,7 +129,7 @@ impl State {
         let set = self.sets.get(&id);
         let serials: Vec<u64> = match (set, fd) {
             (None, None) => return Err(Error::SetNotFound { id, sets: self.seen() }),
-            (Some(set), None) => set.fds.keys().copied().collect(),
+            (Some(set), None) => set.serials(),
             (set, Some(fd)) => {
                 let place = i32::try_from(fd).ok().and_then(|number| self.by_number.get(&number));
                 match place {
@@ -123,11 +139,14 @@ impl State {
             }
         };
         if let (Some(peer), Some(set)) = (by, set) {
-            let foreign =
-                |descriptor: &&Descriptor| descriptor.provenance.peer.map(|owner| owner.uid) != Some(peer.uid);
-            if let Some(descriptor) = serials.iter().filter_map(|serial| set.fds.get(serial)).find(foreign) {
-                let (fd, owner) = (descriptor.fd.as_raw_fd(), descriptor.provenance.peer);
-                return Err(Error::NotYours { id, fd, owner, peer });
+            let owner =
+                |descriptor: &Descriptor| self.abouts.get(&descriptor.serial).and_then(|about| about.provenance.peer);
+            let concerned = set.fds.iter().filter(|descriptor| serials.binary_search(&descriptor.serial).is_ok());
+            for descriptor in concerned {
+                let owner = owner(descriptor);
+                if owner.map(|owner| owner.uid) != Some(peer.uid) {
+                    return Err(Error::NotYours { id, fd: descriptor.fd.as_raw_fd(), owner, peer });
+                }
             }
         }
         Ok(self.take_out(id, &serials))
@@ -137,12 +156,12 @@ impl State {
     pub(crate) fn find(&self, id: i64, access: Access) -> Result<Found<'_>, Error> {
         let set = self.sets.get(&id).ok_or_else(|| Error::NoSuchSet { id, sets: self.seen() })?;
         // The mode is fixed for good, so the kernel is asked for the flags of fitting descriptors only.
-        let fitting = set.fds.iter().rev().filter(|(_, descriptor)| descriptor.rights.mode() == access.mode());
-        for (&serial, descriptor) in fitting {
+        let fitting = set.fds.iter().rev().filter(|descriptor| descriptor.rights.mode() == access.mode());
+        for descriptor in fitting {
             let rights = descriptor.rights_now();
             if access.matches(rights) {
                 let number = descriptor.fd.as_raw_fd();
-                return Ok(Found { fd: descriptor.fd.as_fd(), number, serial, rights });
+                return Ok(Found { fd: descriptor.fd.as_fd(), number, serial: descriptor.serial, rights });
             }
         }
         Err(Error::NoMatch { id, access, held: set.held() })
@@ -153,7 +172,7 @@ impl State {
         let serial = self.serial();
         if let Some(set) = self.sets.get_mut(&id) {
             set.dups.insert(serial, DupEntry { info: DupInfo { number, opened_from }, descriptor });
-            if let Some(descriptor) = set.fds.get_mut(&descriptor) {
+            if let Some(descriptor) = set.descriptor(descriptor) {
                 descriptor.dups += 1;
             }
         }
@@ -165,13 +184,13 @@ impl State {
     pub(crate) fn untrack(&mut self, id: i64, serial: u64) -> Vec<OwnedFd> {
         let Some(set) = self.sets.get_mut(&id) else { return Vec::new() };
         let Some(dup) = set.dups.remove(&serial) else { return Vec::new() };
-        if let Some(descriptor) = set.fds.get_mut(&dup.descriptor) {
+        if let Some(descriptor) = set.descriptor(dup.descriptor) {
             descriptor.dups -= 1;
         }
         if !set.dups.is_empty() {
             return Vec::new();
         }
-        let lapsed = if self.in_use == InUse::Keep { set.lapsed(&self.keepers) } else { Vec::new() };
+        let lapsed = if self.in_use == InUse::Keep { self.lapsed(id) } else { Vec::new() };
         self.take_out(id, &lapsed)
     }
 
@@ -180,32 +199,49 @@ impl State {
         if !self.keepers.expire(now) {
             return Vec::new();
         }
-        let lapsed: Vec<(i64, Vec<u64>)> = self
-            .sets
-            .iter()
-            .filter(|(_, set)| self.in_use == InUse::Close || set.dups.is_empty())
-            .map(|(&id, set)| (id, set.lapsed(&self.keepers)))
-            .filter(|(_, serials)| !serials.is_empty())
-            .collect();
-        for (id, serials) in &lapsed {
-            closed.append(&mut self.take_out(*id, serials));
+        let spared = |id: &i64| self.in_use == InUse::Keep && self.sets.get(id).is_some_and(|set| !set.dups.is_empty());
+        let ids: Vec<i64> = self.free.taken().filter(|id| !spared(id)).collect();
+        let mut changed = Vec::new();
+        for id in ids {
+            let lapsed = self.lapsed(id);
+            if !lapsed.is_empty() {
+                closed.append(&mut self.take_out(id, &lapsed));
+                changed.push(id);
+            }
         }
-        lapsed.into_iter().map(|(id, _)| id).collect()
+        changed
     }
 
     /// Takes out everything; dups stay entered.
     pub(crate) fn clear(&mut self) -> Vec<OwnedFd> {
-        let all: Vec<(i64, Vec<u64>)> =
-            self.sets.iter().map(|(&id, set)| (id, set.fds.keys().copied().collect())).collect();
+        let all: Vec<(i64, Vec<u64>)> = self.sets.iter().map(|(&id, set)| (id, set.serials())).collect();
         all.into_iter().flat_map(|(id, serials)| self.take_out(id, &serials)).collect()
     }
 
     pub(crate) fn list(&self) -> Vec<SetInfo> {
-        self.sets.iter().rev().map(|(&id, set)| set.info(id)).collect()
+        let mut list: Vec<SetInfo> = self.free.taken().filter_map(|id| self.info(id)).collect();
+        list.reverse();
+        list
     }
 
     pub(crate) fn info(&self, id: i64) -> Option<SetInfo> {
-        self.sets.get(&id).map(|set| set.info(id))
+        let set = self.sets.get(&id)?;
+        let info = |descriptor: &Descriptor| {
+            let about = self.abouts.get(&descriptor.serial)?;
+            Some(FdInfo {
+                number: descriptor.fd.as_raw_fd(),
+                opaque: about.opaque.clone(),
+                rights: descriptor.rights,
+                identity: about.identity,
+                provenance: about.provenance,
+                dups: descriptor.dups,
+            })
+        };
+        Some(SetInfo {
+            id,
+            fds: set.fds.iter().filter_map(info).collect(),
+            dups: set.dups.values().map(|dup| dup.info).collect(),
+        })
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -213,10 +249,11 @@ impl State {
     }
 
     pub(crate) fn refresh(&mut self) {
-        for descriptor in self.sets.values_mut().flat_map(|set| set.fds.values_mut()) {
+        for descriptor in self.sets.values_mut().flat_map(|set| &mut set.fds) {
             descriptor.rights = descriptor.rights_now();
-            if let Ok(identity) = Identity::of(&descriptor.fd) {
-                descriptor.identity = Some(identity);
+            if let (Ok(identity), Some(about)) = (Identity::of(&descriptor.fd), self.abouts.get_mut(&descriptor.serial))
+            {
+                about.identity = Some(identity);
             }
         }
     }
@@ -225,9 +262,12 @@ impl State {
     fn take_out(&mut self, id: i64, serials: &[u64]) -> Vec<OwnedFd> {
         let Some(set) = self.sets.get_mut(&id) else { return Vec::new() };
         let mut out = Vec::with_capacity(serials.len());
-        for descriptor in serials.iter().filter_map(|serial| set.fds.remove(serial)) {
+        for serial in serials {
+            let Ok(place) = set.fds.binary_search_by_key(serial, |descriptor| descriptor.serial) else { continue };
+            let Some(descriptor) = set.fds.remove(place) else { continue };
             self.by_number.remove(&descriptor.fd.as_raw_fd());
-            if let Some(uid) = descriptor.provenance.peer.map(|peer| peer.uid)
+            let about = self.abouts.remove(serial);
+            if let Some(uid) = about.and_then(|about| about.provenance.peer).map(|peer| peer.uid)
                 && let Some(passed) = self.by_user.get_mut(&uid)
             {
                 *passed -= 1;
@@ -249,28 +289,32 @@ impl State {
         self.next_serial
     }
 
+    /// Serials of the set's descriptors whose keeper has lapsed.
+    fn lapsed(&self, id: i64) -> Vec<u64> {
+        let mut serials = self.sets.get(&id).map_or_else(Vec::new, Set::serials);
+        let lapsed = |about: &About| self.keepers.lapsed(about.provenance.keeper);
+        serials.retain(|serial| self.abouts.get(serial).is_some_and(lapsed));
+        serials
+    }
+
     fn seen(&self) -> SetsSeen {
-        SetsSeen::new(self.sets.keys())
+        SetsSeen::new(self.free.taken(), self.sets.len())
     }
 }
 
 impl Set {
     fn held(&self) -> Held {
-        let fds = self.fds.values().map(|descriptor| (descriptor.fd.as_raw_fd(), descriptor.rights_now()));
+        let fds = self.fds.iter().map(|descriptor| (descriptor.fd.as_raw_fd(), descriptor.rights_now()));
         Held::new(fds, self.dups.len())
     }
 
-    fn lapsed(&self, keepers: &Keepers) -> Vec<u64> {
-        let lapsed = |(_, descriptor): &(&u64, &Descriptor)| keepers.lapsed(descriptor.provenance.keeper);
-        self.fds.iter().filter(lapsed).map(|(&serial, _)| serial).collect()
+    fn serials(&self) -> Vec<u64> {
+        self.fds.iter().map(|descriptor| descriptor.serial).collect()
     }
 
-    fn info(&self, id: i64) -> SetInfo {
-        SetInfo {
-            id,
-            fds: self.fds.values().map(Descriptor::info).collect(),
-            dups: self.dups.values().map(|dup| dup.info).collect(),
-        }
+    fn descriptor(&mut self, serial: u64) -> Option<&mut Descriptor> {
+        let place = self.fds.binary_search_by_key(&serial, |descriptor| descriptor.serial).ok()?;
+        self.fds.get_mut(place)
     }
 }
 
@@ -278,16 +322,5 @@ impl Descriptor {
     /// The flags of this moment: `O_DIRECT` may have been set or cleared by whoever shares the description.
     fn rights_now(&self) -> Rights {
         Rights::of(&self.fd).unwrap_or(self.rights)
-    }
-
-    fn info(&self) -> FdInfo {
-        FdInfo {
-            number: self.fd.as_raw_fd(),
-            opaque: self.opaque.clone(),
-            rights: self.rights,
-            identity: self.identity,
-            provenance: self.provenance,
-            dups: self.dups,
-        }
     }
 }
