@@ -1,2 +1,129 @@
-//! Not written yet.
-fn main() {}
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The command line. Each verb is one module; this page is the list of them.
+#![allow(clippy::print_stdout, reason = "a command line talks to people")]
+
+mod demo;
+mod nbd_client;
+mod serve;
+mod table;
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use manager::inspector::Program;
+
+/// The storage daemon that opens nothing.
+///
+/// A manager opens disk images and passes them as descriptors; a daemon that can open nothing any more reads and serves them.
+#[derive(Parser)]
+#[command(name = "doorless", version, arg_required_else_help = true)]
+struct CommandLine {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Serve a disk image over NBD on a unix socket, read by a process that can open nothing.
+    Serve(serve::Options),
+    /// Show on a small disk how it works, and that the daemon cannot get out.
+    Demo(demo::Options),
+    /// The confined daemon alone, driven over QMP (see `doorless daemon --help`).
+    #[command(disable_help_flag = true)]
+    Daemon(Rest),
+    /// Tell what the image on standard input is, confined. For the manager's use.
+    #[command(hide = true)]
+    Inspect(InspectOptions),
+}
+
+#[derive(Args)]
+struct Rest {
+    /// Options as qemu-storage-daemon has them.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<OsString>,
+}
+
+#[derive(Args)]
+struct InspectOptions {
+    /// The image's format; without it, its magic number decides.
+    #[arg(long)]
+    format: Option<String>,
+    #[command(flatten)]
+    confinement: Confinement,
+}
+
+/// How the confined processes confine themselves.
+#[derive(Args, Clone)]
+struct Confinement {
+    /// Whether every layer of confinement must be had: `require` or `best-effort`.
+    #[arg(long, value_name = "LEVEL", default_value = "require", value_parser = ["require", "best-effort"])]
+    confine: String,
+}
+
+impl Confinement {
+    fn program(&self) -> Program {
+        Program { executable: Program::THIS.into(), confinement: vec![format!("--confine={}", self.confine)] }
+    }
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .without_time()
+        .with_target(false)
+        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .init();
+    match run(CommandLine::parse().verb) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("doorless: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> anyhow::Result<ExitCode> {
+    match verb {
+        Verb::Serve(options) => serve::run(&options)?,
+        Verb::Demo(options) => return demo::run(&options),
+        Verb::Daemon(Rest { arguments }) => daemon::run(arguments)?,
+        Verb::Inspect(InspectOptions { format, confinement }) => {
+            img::inspect::run(format.as_deref(), confinement.confine == "best-effort")?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A path for a socket that nobody else can reach: in a directory of its own, which goes when this value goes.
+struct PrivateSocket {
+    directory: PathBuf,
+}
+
+impl PrivateSocket {
+    fn new() -> anyhow::Result<PrivateSocket> {
+        use std::os::unix::fs::DirBuilderExt;
+        let parent = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_dir());
+        let parent = parent.unwrap_or_else(std::env::temp_dir);
+        let directory = parent.join(format!("doorless-{}", std::process::id()));
+        // A directory of this name that somebody else prepared is an error, not a meeting place.
+        std::fs::DirBuilder::new().mode(0o700).create(&directory).map_err(|e| {
+            anyhow::anyhow!("could not make the directory '{}' for the socket: {e}", directory.display())
+        })?;
+        Ok(PrivateSocket { directory })
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.join("nbd.sock")
+    }
+}
+
+impl Drop for PrivateSocket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.path());
+        let _ = std::fs::remove_dir(&self.directory);
+    }
+}

@@ -1,1 +1,17 @@
-//! Not written yet.
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The manager: it opens and never parses.
+//!
+//! [`opening`] opens images by policy. [`chain`] learns what an image is built from: it asks the confined [`inspector`], a
+//! process that gets one descriptor and answers in JSON, and resolves the names it hears about by policy. [`daemon`] starts
+//! the confined daemon and talks QMP to it; [`disk`] passes it the descriptors of a chain and says what to build of them.
+//! [`serve`] puts these together.
+
+pub mod chain;
+pub mod daemon;
+pub mod disk;
+mod error;
+pub mod inspector;
+pub mod opening;
+pub mod serve;
+
+pub use error::{Error, Result};

@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The daemon's command line, as qemu-storage-daemon has it: options take effect in order.
+//!
+//! Three steps: every option is read and checked; what options name on the host (inherited descriptors, sockets, image
+//! files) is opened; the process is confined. Only then do options act, as the monitor's commands that they stand for.
+
+use std::ffi::OsString;
+
+use confine::{Plan, Role};
+use fdset::{FdPolicy, Settings};
+use qmp::{Definition, Member, PendingFds, Table, Type, Version};
+use serde_json::{Map, Value};
+use sys::signal::{self, Signals};
+
+use crate::control::{self, MonitorSetup, Setup};
+use crate::opening::{Chardevs, Openings};
+use crate::state::Daemon;
+
+/// What `--help` prints.
+pub const HELP: &str = "\
+Usage: doorless daemon OPTION...
+
+Serves disk images that arrive as descriptors. The process confines itself before it reads its first foreign byte.
+
+  --chardev socket,id=ID,fd=N[,server=on|off][,wait=on|off]
+  --chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off]
+                         a socket for a monitor: an inherited descriptor (0 is standard input), or a path
+  --monitor [chardev=]ID[,pretty=on|off]
+                         a QMP monitor on that socket
+  --add-fd fd=N,set=ID[,opaque=TEXT]
+                         put an inherited descriptor into an fd set
+  --blockdev OPTIONS     as blockdev-add; a file named here is opened before the process is confined
+  --nbd-server addr.type=fd,addr.str=N[,max-connections=N][,handshake-max-seconds=N]
+                         serve NBD on an inherited listening socket
+  --export [type=]nbd,id=ID,node-name=NODE[,name=NAME][,writable=on|off]
+                         as block-export-add
+  --confine require|best-effort
+                         whether every layer of confinement must be had; default require
+  --fd-policy strict|compat
+                         whether add-fd refuses descriptors that cannot be disks, or takes all as QEMU does; default strict
+  --ends-with-monitors   end when the last monitor is gone for good
+  --help, --version
+
+OPTIONS are key=value,key.sub=value,... or JSON. Options take effect in order.
+";
+
+/// A command line that cannot be understood or carried out; the text says why.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
+impl From<qmp::Error> for UsageError {
+    fn from(error: qmp::Error) -> UsageError {
+        UsageError(error.desc)
+    }
+}
+
+/// What is done once the process is confined.
+enum Action {
+    /// A command of the monitor's table, with the descriptors that were opened for it named `fd-N` for its monitor.
+    Command { name: &'static str, arguments: Map<String, Value> },
+}
+
+/// What the command line asks for.
+struct Plans {
+    actions: Vec<Action>,
+    openings: Openings,
+    monitors: Vec<MonitorSetup>,
+    fdsets: Settings,
+    confinement: Plan,
+    ends_with_monitors: bool,
+}
+
+/// Runs the daemon: returns when it has ended properly.
+///
+/// # Errors
+/// The command line is wrong, something it names cannot be opened, a layer of confinement is missing, or serving failed.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<(), UsageError> {
+    signal::ignore_pipe();
+    let signals = Signals::block(&[signal::INT, signal::TERM, signal::HUP]).map_err(failed("block signals"))?;
+    let table = crate::commands::table();
+    let Some(plans) = read(arguments, &table)? else { return Ok(()) };
+    let Plans { actions, openings, monitors, fdsets, confinement, ends_with_monitors } = plans;
+    let confined = confine::confine(&confinement).map_err(|e| UsageError(e.to_string()))?;
+    let setup = Setup { monitors, fdsets, signals, ends_with_monitors };
+    let startup = |table: &Table<Daemon>, daemon: &mut Daemon| act(table, daemon, openings, actions);
+    control::serve(confined, setup, startup).map_err(|e| UsageError(e.to_string()))
+}
+
+/// Carries out what the options ask for, as the commands that they stand for.
+fn act(table: &Table<Daemon>, daemon: &mut Daemon, openings: Openings, actions: Vec<Action>) -> Result<(), qmp::Error> {
+    openings.hand_over(daemon)?;
+    for Action::Command { name, arguments } in actions {
+        let Some(command) = table.command(name) else {
+            return Err(qmp::Error::command_not_found(format!("The command {name} has not been found")));
+        };
+        table.run(daemon, &mut PendingFds::default(), command, arguments)?;
+    }
+    Ok(())
+}
+
+/// Reads every option and opens what it names. `None` if the answer was printed.
+fn read(arguments: impl IntoIterator<Item = OsString>, table: &Table<Daemon>) -> Result<Option<Plans>, UsageError> {
+    let words = words();
+    let mut chardevs = Chardevs::default();
+    let mut plans = Plans {
+        actions: Vec::new(),
+        openings: Openings::default(),
+        monitors: Vec::new(),
+        fdsets: Settings { policy: FdPolicy::Strict, ..Settings::default() },
+        confinement: Plan::new(Role::Daemon),
+        ends_with_monitors: false,
+    };
+    let mut arguments = arguments.into_iter();
+    while let Some(argument) = arguments.next() {
+        let argument = text(argument)?;
+        let (option, inline) = match argument.split_once('=') {
+            Some((option, value)) if option.starts_with("--") => (option, Some(value.to_owned())),
+            _ => (argument.as_str(), None),
+        };
+        let Some(name) = option.strip_prefix("--").or_else(|| option.strip_prefix('-')) else {
+            return Err(UsageError(format!("unexpected argument '{option}'; see doorless daemon --help")));
+        };
+        match name {
+            "help" | "h" => return print(HELP),
+            "version" | "V" => return print(&format!("doorless daemon {}\n", env!("CARGO_PKG_VERSION"))),
+            "ends-with-monitors" => {
+                plans.ends_with_monitors = true;
+                continue;
+            }
+            _ => {}
+        }
+        let value = match inline {
+            Some(value) => value,
+            None if KNOWN.contains(&name) => match arguments.next() {
+                Some(value) => text(value)?,
+                None => return Err(UsageError(format!("option '{option}' requires an argument"))),
+            },
+            None => return Err(unknown(option)),
+        };
+        let placed = |e: qmp::Error| UsageError(format!("{option} {value}: {}", e.desc));
+        match name {
+            "chardev" => {
+                let options = words.option(Type::Named("ChardevOptions"), &value, Some("backend")).map_err(placed)?;
+                chardevs.add(&options).map_err(|e| UsageError(format!("{option} {value}: {e}")))?;
+            }
+            "monitor" => {
+                let options = words.option(Type::Named("MonitorOptions"), &value, Some("chardev")).map_err(placed)?;
+                let id = options["chardev"].as_str().unwrap_or_default();
+                let source = chardevs
+                    .take(id)
+                    .ok_or_else(|| placed(qmp::Error::generic(format!("Cannot find chardev '{id}'"))))?;
+                plans.monitors.push(MonitorSetup { source, pretty: options["pretty"] == true });
+            }
+            "add-fd" => {
+                let options = words.option(Type::Named("AddFdOptions"), &value, None).map_err(placed)?;
+                plans.openings.add_fd(&options).map_err(|e| UsageError(format!("{option} {value}: {e}")))?;
+            }
+            "blockdev" => {
+                let mut options =
+                    table.option(Type::Named("BlockdevOptions"), &value, Some("driver")).map_err(placed)?;
+                plans
+                    .openings
+                    .open_files(&mut options, false)
+                    .map_err(|e| UsageError(format!("{option} {value}: {e}")))?;
+                plans.command("blockdev-add", options);
+            }
+            "nbd-server" => {
+                let options = words.option(Type::Named("NbdServerOptions"), &value, None).map_err(placed)?;
+                let options =
+                    plans.openings.nbd_server(options).map_err(|e| UsageError(format!("{option} {value}: {e}")))?;
+                plans.command("nbd-server-start", options);
+            }
+            "export" => {
+                let options = table.option(Type::Named("BlockExportOptions"), &value, Some("type")).map_err(placed)?;
+                plans.command("block-export-add", options);
+            }
+            "confine" => match value.as_str() {
+                "require" => plans.confinement.required = true,
+                "best-effort" => plans.confinement.required = false,
+                _ => return Err(UsageError(format!("--confine takes 'require' or 'best-effort', not '{value}'"))),
+            },
+            "fd-policy" => match value.as_str() {
+                "strict" => plans.fdsets.policy = FdPolicy::Strict,
+                "compat" => plans.fdsets.policy = FdPolicy::Compat,
+                _ => return Err(UsageError(format!("--fd-policy takes 'strict' or 'compat', not '{value}'"))),
+            },
+            _ => return Err(unknown(option)),
+        }
+    }
+    if let Some(id) = chardevs.unused() {
+        return Err(UsageError(format!("chardev '{id}' has no monitor; add --monitor chardev={id}")));
+    }
+    Ok(Some(plans))
+}
+
+impl Plans {
+    fn command(&mut self, name: &'static str, arguments: Value) {
+        if let Value::Object(arguments) = arguments {
+            self.actions.push(Action::Command { name, arguments });
+        }
+    }
+}
+
+/// Options that take a value.
+const KNOWN: [&str; 8] = ["chardev", "monitor", "add-fd", "blockdev", "nbd-server", "export", "confine", "fd-policy"];
+
+fn unknown(option: &str) -> UsageError {
+    let later = ["--object", "--pidfile", "--daemonize", "--trace"];
+    UsageError(if later.contains(&option) {
+        format!("{option} is not supported by this version; see doorless daemon --help")
+    } else {
+        format!("unrecognized option '{option}'; see doorless daemon --help")
+    })
+}
+
+/// The types of options that are no commands.
+fn words() -> Table<()> {
+    let types = vec![
+        Definition::enumeration("ChardevBackend", ["socket"], "Kinds of character devices."),
+        Definition::structure(
+            "ChardevOptions",
+            [
+                Member::required("backend", Type::Named("ChardevBackend"), "The kind."),
+                Member::required("id", Type::Str, "Its name."),
+                Member::optional("path", Type::Str, "Where the socket is."),
+                Member::optional("fd", Type::Str, "The inherited descriptor of the socket."),
+                Member::optional("server", Type::Bool, "Whether the socket listens; default false."),
+                Member::optional("wait", Type::Bool, "Whether to wait for a client before going on; default true."),
+            ],
+            "A socket.",
+        ),
+        Definition::enumeration("MonitorMode", ["control"], "Kinds of monitors."),
+        Definition::structure(
+            "MonitorOptions",
+            [
+                Member::required("chardev", Type::Str, "The socket."),
+                Member::optional("id", Type::Str, "Accepted, and of no use here."),
+                Member::optional("mode", Type::Named("MonitorMode"), "Accepted: every monitor speaks QMP."),
+                Member::optional("pretty", Type::Bool, "Whether output is indented; default false."),
+            ],
+            "A monitor.",
+        ),
+        Definition::structure(
+            "AddFdOptions",
+            [
+                Member::optional("fd", Type::Int, "The inherited descriptor."),
+                Member::optional("set", Type::Int, "The set."),
+                Member::optional("opaque", Type::Str, "Free text."),
+            ],
+            "A descriptor for a set.",
+        ),
+        Definition::structure(
+            "NbdServerOptions",
+            [
+                Member::required("addr", Type::Named("ListenAddress"), "The socket."),
+                Member::optional("handshake-max-seconds", Type::Uint32, "How long a client may negotiate, seconds."),
+                Member::optional("max-connections", Type::Uint32, "Most clients at once."),
+            ],
+            "An NBD server.",
+        ),
+        Definition::enumeration("ListenAddressType", ["fd", "unix"], "Kinds of addresses."),
+        Definition::union(
+            "ListenAddress",
+            [Member::required("type", Type::Named("ListenAddressType"), "The kind.")],
+            "type",
+            [("fd", Type::Named("ListenFd")), ("unix", Type::Named("ListenUnix"))],
+            "Where to listen.",
+        ),
+        Definition::structure(
+            "ListenFd",
+            [Member::required("str", Type::Str, "The inherited descriptor.")],
+            "Inherited.",
+        ),
+        Definition::structure("ListenUnix", [Member::required("path", Type::Str, "Its path.")], "A unix socket."),
+    ];
+    let version = Version { qemu: (0, 0, 0), package: String::new() };
+    Table::new(version, types, Vec::new(), Vec::new()).expect("the table is consistent: every run builds it")
+}
+
+fn print(text: &str) -> Result<Option<Plans>, UsageError> {
+    use std::io::Write;
+    std::io::stdout().write_all(text.as_bytes()).map_err(failed("write to standard output"))?;
+    Ok(None)
+}
+
+fn text(argument: OsString) -> Result<String, UsageError> {
+    argument.into_string().map_err(|raw| UsageError(format!("argument '{}' is not UTF-8", raw.to_string_lossy())))
+}
+
+fn failed(doing: &'static str) -> impl FnOnce(std::io::Error) -> UsageError {
+    move |e| UsageError(format!("could not {doing}: {e}"))
+}

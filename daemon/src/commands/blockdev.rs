@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `blockdev-add`, `blockdev-del`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use block::{DriverEntry, NodeAccess, NodeSpec, OptionKind, OptionValue, driver_named};
+use fdset::Access;
+use qmp::{Arguments, Call, Command, Definition, Error, Member, Type};
+use serde_json::{Map, Value};
+
+use super::{block_error, options};
+use crate::state::Daemon;
+
+pub fn types() -> Vec<Definition> {
+    options::types()
+}
+
+pub fn commands() -> Vec<Command<Daemon>> {
+    vec![
+        Command::new(
+            "blockdev-add",
+            "Opens a node. Files are opened from fd sets only, other nodes are named or nested; a name in an image is never followed.",
+            Arguments::Of("BlockdevOptions"),
+            blockdev_add,
+        ),
+        Command::new(
+            "blockdev-del",
+            "Closes a node that nobody uses.",
+            [Member::required("node-name", Type::Str, "The node.")],
+            blockdev_del,
+        ),
+    ]
+}
+
+fn blockdev_add(daemon: &mut Daemon, call: Call<'_>) -> Result<Value, Error> {
+    let options = call.into_arguments();
+    if !options.contains_key("node-name") {
+        return Err(Error::generic("'node-name' must be specified for the root node"));
+    }
+    add_node(daemon, options, Inherited::default())?;
+    Ok(Value::Null)
+}
+
+fn blockdev_del(daemon: &mut Daemon, call: Call<'_>) -> Result<Value, Error> {
+    let name = call.arguments()["node-name"].as_str().unwrap_or_default();
+    daemon.graph.remove(name).map_err(block_error)?;
+    Ok(Value::Null)
+}
+
+/// What a nested node takes over from its parent, unless its own options say otherwise.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Inherited {
+    read_only: bool,
+    unmap: bool,
+}
+
+/// Makes a node and those nested in its checked options; on an error none of them stays. Returns its name.
+///
+/// # Errors
+/// The first that cannot be made.
+pub fn add_node(daemon: &mut Daemon, options: Map<String, Value>, inherited: Inherited) -> Result<String, Error> {
+    refuse_unsupported(&options)?;
+    let text = |key: &str| options.get(key).and_then(Value::as_str);
+    let driver = driver_named(text("driver").unwrap_or_default())
+        .ok_or_else(|| Error::generic("Parameter 'driver' is missing"))?;
+    let read_only = options.get("read-only").and_then(Value::as_bool).unwrap_or(inherited.read_only);
+    let unmap = text("discard").map_or(inherited.unmap, |discard| discard == "unmap");
+    let mut spec = NodeSpec {
+        name: text("node-name").map(str::to_owned),
+        driver: driver.name,
+        access: NodeAccess { writable: !read_only, unmap },
+        descriptor: None,
+        filename: text("filename").unwrap_or_default().to_owned(),
+        children: BTreeMap::new(),
+        detached: BTreeSet::new(),
+        options: block::Options::new(),
+    };
+    if driver.takes_descriptor {
+        let dup = open_fdset(daemon, &spec.filename, read_only)?;
+        spec.descriptor = Some(Box::new(dup));
+    }
+    spec.options = driver_options(driver, &options)?;
+    let mut nested = Vec::new();
+    match attach_children(daemon, driver, options, read_only, &mut spec, &mut nested)
+        .and_then(|()| daemon.graph.add(spec).map_err(block_error))
+    {
+        Ok(node) => {
+            for name in nested {
+                daemon.graph.set_owned(&name);
+            }
+            Ok(node.name().to_owned())
+        }
+        Err(e) => {
+            for name in nested {
+                // Made a moment ago for the parent that failed, so nobody else uses it.
+                let _ = daemon.graph.remove(&name);
+            }
+            Err(e)
+        }
+    }
+}
+
+/// Names the children in `spec`; those that the options describe are made, and listed in `nested`.
+fn attach_children(
+    daemon: &mut Daemon,
+    driver: &DriverEntry,
+    mut options: Map<String, Value>,
+    read_only: bool,
+    spec: &mut NodeSpec,
+    nested: &mut Vec<String>,
+) -> Result<(), Error> {
+    for child in driver.children {
+        let name = match options.remove(child.name) {
+            None => continue,
+            Some(Value::Null) => {
+                spec.detached.insert(child.name);
+                continue;
+            }
+            Some(Value::String(name)) => {
+                if daemon.graph.get(&name).is_err() {
+                    return Err(Error::generic(format!("Cannot find device='{name}' nor node-name='{name}'")));
+                }
+                name
+            }
+            Some(Value::Object(options)) => {
+                // Formats pass discards on with care, so what is below them may always unmap.
+                let inherited = Inherited { read_only: read_only || !child.written, unmap: true };
+                let name = add_node(daemon, options, inherited)?;
+                nested.push(name.clone());
+                name
+            }
+            Some(_) => return Err(Error::invalid_type(child.name, "BlockdevRef")),
+        };
+        spec.children.insert(child.name, name);
+    }
+    Ok(())
+}
+
+/// The dup of a set's descriptor that fits; every other name is refused, because there is nothing that could open it.
+fn open_fdset(daemon: &Daemon, filename: &str, read_only: bool) -> Result<fdset::Dup, Error> {
+    if !filename.starts_with(fdset::PREFIX) {
+        let shown: String = filename.chars().take(200).flat_map(char::escape_debug).collect();
+        return Err(Error::generic(format!(
+            "Could not open '{shown}': this daemon opens no files; open it yourself, pass the descriptor with add-fd, and \
+             give the filename /dev/fdset/ID"
+        )));
+    }
+    let access = if read_only { Access::READ_ONLY } else { Access::READ_WRITE };
+    daemon.fdsets.open_path(filename, access).map_err(|e| {
+        tracing::info!(filename, "{}", e.detail());
+        Error::generic(e.to_string())
+    })
+}
+
+fn driver_options(driver: &DriverEntry, options: &Map<String, Value>) -> Result<block::Options, Error> {
+    let mut checked = block::Options::new();
+    for spec in driver.options {
+        let Some(value) = options.get(spec.name) else { continue };
+        let value = match (spec.kind, value) {
+            (OptionKind::Bool, Value::Bool(value)) => OptionValue::Bool(*value),
+            (OptionKind::Str, Value::String(value)) => OptionValue::Str(value.clone()),
+            (OptionKind::Size, value) => OptionValue::Size(value.as_u64().ok_or_else(|| {
+                Error::generic(format!("Parameter '{}' expects a number of bytes from 0 to 2^63-1", spec.name))
+            })?),
+            (OptionKind::Bool, _) => return Err(Error::invalid_type(spec.name, "boolean")),
+            (OptionKind::Str, _) => return Err(Error::invalid_type(spec.name, "string")),
+        };
+        checked.insert(spec.name, value);
+    }
+    Ok(checked)
+}
+
+/// Options that the schema knows so that clients may state the default, and that nothing implements yet.
+fn refuse_unsupported(options: &Map<String, Value>) -> Result<(), Error> {
+    let unsupported = |name: &str, value: &Value| {
+        Err(Error::generic(format!("'{name}' = {value} is not supported by this version; leave it out")))
+    };
+    for name in ["auto-read-only", "force-share"] {
+        if let Some(value @ Value::Bool(true)) = options.get(name) {
+            return unsupported(name, value);
+        }
+    }
+    for (name, accepted) in [("detect-zeroes", &["off"][..]), ("aio", &["threads"]), ("locking", &["auto", "off"])] {
+        if let Some(value) = options.get(name)
+            && !value.as_str().is_some_and(|word| accepted.contains(&word))
+        {
+            return unsupported(name, value);
+        }
+    }
+    for name in ["direct", "no-flush"] {
+        if let Some(value @ Value::Bool(true)) = options.get("cache").and_then(|cache| cache.get(name)) {
+            return unsupported(&format!("cache.{name}"), value);
+        }
+    }
+    Ok(())
+}

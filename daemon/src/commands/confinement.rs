@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `query-confinement`: what the daemon gave up, and whether it can get out all the same.
+
+use std::ffi::CString;
+use std::os::fd::AsFd;
+
+use confine::attempts::{self, Bait};
+use fdset::{Access, Dup};
+use qmp::{Call, Command, Definition, Error, Member, Type};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::state::Daemon;
+
+pub fn types() -> Vec<Definition> {
+    vec![
+        Definition::structure(
+            "ConfinementLayer",
+            [
+                Member::required("name", Type::Str, "The layer: `privileges`, `landlock`, `seccomp`."),
+                Member::required("in-force", Type::Bool, "Whether all of it is in force."),
+                Member::required("detail", Type::Str, "What it does, or what is missing and why."),
+            ],
+            "A layer of confinement.",
+        ),
+        Definition::structure(
+            "ConfinementAttempt",
+            [
+                Member::required("what", Type::Str, "What was tried."),
+                Member::required("denied", Type::Bool, "Whether the kernel denied it."),
+                Member::required("errno", Type::Str, "What the kernel said."),
+            ],
+            "An attempt to get out.",
+        ),
+        Definition::structure(
+            "ConfinementInfo",
+            [
+                Member::required(
+                    "layers",
+                    Type::Array(&Type::Named("ConfinementLayer")),
+                    "Layers, as they were applied.",
+                ),
+                Member::required(
+                    "attempts",
+                    Type::Array(&Type::Named("ConfinementAttempt")),
+                    "Attempts, if they were asked for.",
+                ),
+            ],
+            "How the daemon is confined.",
+        ),
+    ]
+}
+
+pub fn commands() -> Vec<Command<Daemon>> {
+    vec![
+        Command::new(
+            "query-confinement",
+            "Tells how the daemon is confined, and on request tries every way out that it knows. Every attempt is harmless if it \
+             succeeds.",
+            [
+                Member::optional("try", Type::Bool, "Whether to try; default false."),
+                Member::optional("paths", Type::Array(&Type::Str), "Files that exist, for the attempts to open; at most 16."),
+            ],
+            query,
+        )
+        .returning(Type::Named("ConfinementInfo")),
+    ]
+}
+
+/// Most files that one call may name.
+const MOST_PATHS: usize = 16;
+
+#[derive(Deserialize)]
+struct Query {
+    r#try: Option<bool>,
+    #[serde(default)]
+    paths: Vec<String>,
+}
+
+fn query(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
+    let Query { r#try, paths } = call.parse()?;
+    let layers: Vec<Value> = daemon
+        .confined
+        .reports()
+        .iter()
+        .map(|report| json!({ "name": report.layer.name(), "in-force": report.in_force, "detail": report.detail }))
+        .collect();
+    let attempts = if r#try == Some(true) { attempt(daemon, &paths)? } else { Vec::new() };
+    Ok(json!({ "layers": layers, "attempts": attempts }))
+}
+
+fn attempt(daemon: &Daemon, paths: &[String]) -> Result<Vec<Value>, Error> {
+    if paths.len() > MOST_PATHS {
+        return Err(Error::generic(format!("at most {MOST_PATHS} paths may be tried at once, not {}", paths.len())));
+    }
+    let paths = paths.iter().map(|path| {
+        CString::new(path.as_str()).map_err(|_| Error::generic("Parameter 'paths' has a path with a NUL byte"))
+    });
+    let read_only = read_only_dup(daemon);
+    let bait = Bait { paths: paths.collect::<Result<_, _>>()?, read_only: read_only.iter().map(AsFd::as_fd).collect() };
+    let outcomes = attempts::run(&bait).into_iter();
+    Ok(outcomes
+        .map(|outcome| json!({ "what": outcome.what, "denied": outcome.denied, "errno": outcome.answer }))
+        .collect())
+}
+
+/// Something that was passed read-only, to try and get more of.
+fn read_only_dup(daemon: &Daemon) -> Option<Dup> {
+    daemon.fdsets.list().find_map(|set| daemon.fdsets.open(set.id(), Access::READ_ONLY).ok())
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `block-export-add`, `block-export-del`, `query-block-exports`.
+
+use block::Use;
+use export::nbd::Settings;
+use export::nbd::proto::MAX_STRING;
+use qmp::{Arguments, Call, Command, Definition, Error, Event, Member, Type};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{block_error, words};
+use crate::state::Daemon;
+
+/// The kinds of exports there are, one line each.
+const EXPORTS: &[&str] = &["nbd"];
+
+pub fn types() -> Vec<Definition> {
+    vec![
+        words("BlockExportType", EXPORTS, "The kinds of exports."),
+        words("BlockExportRemoveMode", &["safe", "hard"], "Whether an export with clients may be removed."),
+        Definition::union(
+            "BlockExportOptions",
+            [
+                Member::required("type", Type::Named("BlockExportType"), "The kind."),
+                Member::required("id", Type::Str, "The export's name in the monitor."),
+                Member::optional("fixed-iothread", Type::Bool, "Accepted: a client's requests never change threads."),
+                Member::optional("iothread", Type::Str, "Not supported: every client has a thread of its own."),
+                Member::required("node-name", Type::Str, "The node."),
+                Member::optional("writable", Type::Bool, "Whether clients may write; default false."),
+                Member::optional("writethrough", Type::Bool, "Not supported: must be false."),
+            ],
+            "type",
+            [("nbd", Type::Named("BlockExportOptionsNbd"))],
+            "An export to be made.",
+        ),
+        Definition::structure(
+            "BlockExportOptionsNbd",
+            [
+                Member::optional(
+                    "name",
+                    Type::Str,
+                    "What clients ask for, at most 4096 bytes; default the node's name.",
+                ),
+                Member::optional("description", Type::Str, "Free text for clients, at most 4096 bytes."),
+            ],
+            "An NBD export.",
+        ),
+        Definition::structure(
+            "BlockExportInfo",
+            [
+                Member::required("id", Type::Str, "The export."),
+                Member::required("type", Type::Named("BlockExportType"), "Its kind."),
+                Member::required("node-name", Type::Str, "Its node."),
+                Member::required("shutting-down", Type::Bool, "Whether it is being removed."),
+            ],
+            "An export.",
+        ),
+    ]
+}
+
+pub fn commands() -> Vec<Command<Daemon>> {
+    vec![
+        Command::new("block-export-add", "Exports a node.", Arguments::Of("BlockExportOptions"), add),
+        Command::new(
+            "block-export-del",
+            "Removes an export; `BLOCK_EXPORT_DELETED` says when it is gone.",
+            [
+                Member::required("id", Type::Str, "The export."),
+                Member::optional(
+                    "mode",
+                    Type::Named("BlockExportRemoveMode"),
+                    "`safe`, the default, refuses while clients are connected.",
+                ),
+            ],
+            delete,
+        ),
+        Command::new("query-block-exports", "Lists the exports.", Arguments::NONE, query)
+            .returning(Type::Array(&Type::Named("BlockExportInfo"))),
+    ]
+}
+
+/// The event of an export's end.
+pub fn deleted_event() -> Event {
+    Event::new(
+        "BLOCK_EXPORT_DELETED",
+        [Member::required("id", Type::Str, "The export.")],
+        "An export is gone and its node free.",
+    )
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Add {
+    id: String,
+    node_name: String,
+    iothread: Option<String>,
+    writable: Option<bool>,
+    writethrough: Option<bool>,
+    name: Option<String>,
+    description: Option<String>,
+}
+
+fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
+    let Add { id, node_name, iothread, writable, writethrough, name, description } = call.parse()?;
+    let writable = writable.unwrap_or(false);
+    if !block::id_is_well_formed(&id) {
+        return Err(Error::generic("Invalid block export id"));
+    }
+    if daemon.exports.contains(&id) {
+        return Err(Error::generic(format!("Block export id '{id}' is already in use")));
+    }
+    if iothread.is_some() {
+        return Err(Error::generic("'iothread' is not supported: every client has a thread of its own; leave it out"));
+    }
+    if writethrough == Some(true) {
+        return Err(Error::generic("'writethrough' is not supported by this version; leave it out"));
+    }
+    let node = daemon
+        .graph
+        .get(&node_name)
+        .map_err(|_| Error::generic(format!("Cannot find device='' nor node-name='{node_name}'")))?;
+    let node = std::sync::Arc::clone(node);
+    if writable && !node.writable() {
+        return Err(Error::generic("Cannot export read-only node as writable"));
+    }
+    let name = name.unwrap_or_else(|| node_name.clone());
+    for (what, text) in [("name", Some(&name)), ("description", description.as_ref())] {
+        if text.is_some_and(|text| text.len() > MAX_STRING) {
+            return Err(Error::generic(format!("export {what} '{}...' too long", shown(text))));
+        }
+    }
+    let usage = Use { user: format!("export '{id}'"), writes: writable, shares_writes: true };
+    if !daemon.exports.nbd_is_running() {
+        return Err(Error::generic("NBD server not running"));
+    }
+    let claim = daemon.graph.claim(&node_name, usage).map_err(block_error)?;
+    let settings = Settings { name, description, node, writable };
+    if let Err((error, claim)) = daemon.exports.add_nbd(id, settings, claim) {
+        daemon.graph.release(claim);
+        return Err(error);
+    }
+    Ok(Value::Null)
+}
+
+#[derive(Deserialize)]
+struct Delete {
+    id: String,
+    mode: Option<String>,
+}
+
+fn delete(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
+    let Delete { id, mode } = call.parse()?;
+    daemon.exports.remove(&id, mode.as_deref() == Some("hard"))?;
+    daemon.reap_exports();
+    Ok(Value::Null)
+}
+
+fn query(daemon: &mut Daemon, _: Call<'_>) -> Result<Value, Error> {
+    Ok(daemon
+        .exports
+        .list()
+        .map(|export| {
+            json!({
+                "id": export.id,
+                "type": export.kind,
+                "node-name": export.node_name,
+                "shutting-down": export.shutting_down,
+            })
+        })
+        .collect())
+}
+
+fn shown(text: Option<&String>) -> String {
+    text.map(|text| text.chars().take(20).flat_map(char::escape_debug).collect()).unwrap_or_default()
+}

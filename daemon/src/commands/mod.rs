@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Every command, by subject. A command is a function over the [`Daemon`](crate::state::Daemon) and a line in its module's
+//! list; dispatch, `query-commands`, `query-qmp-schema` and the reference all read the one table made here.
+
+mod blockdev;
+mod confinement;
+mod export;
+mod fdset;
+mod nbd_server;
+mod node_query;
+mod options;
+
+use qmp::{Arguments, Command, Definition, Event, Table, Version};
+use serde_json::Value;
+
+use crate::state::Daemon;
+
+/// QEMU's protocol version that is spoken: clients decide by it what they may send.
+const QEMU: (u32, u32, u32) = (10, 0, 2);
+
+pub use blockdev::add_node;
+
+/// The table of everything the monitor understands.
+///
+/// # Panics
+/// Never: a table that contradicts itself fails the first test.
+pub fn table() -> Table<Daemon> {
+    let version = Version { qemu: QEMU, package: format!("doorless {}", env!("CARGO_PKG_VERSION")) };
+    let types = [
+        blockdev::types(),
+        confinement::types(),
+        export::types(),
+        fdset::types(),
+        nbd_server::types(),
+        node_query::types(),
+    ]
+    .concat();
+    let mut commands = vec![Command::new("quit", "Ends the daemon.", Arguments::NONE, quit)];
+    commands.extend(fdset::commands());
+    commands.extend(blockdev::commands());
+    commands.extend(node_query::commands());
+    commands.extend(nbd_server::commands());
+    commands.extend(export::commands());
+    commands.extend(confinement::commands());
+    Table::new(version, types, commands, events()).expect("the table is consistent: a test builds it")
+}
+
+fn events() -> Vec<Event> {
+    vec![export::deleted_event()]
+}
+
+fn quit(daemon: &mut Daemon, _: qmp::Call<'_>) -> Result<Value, qmp::Error> {
+    daemon.quit = true;
+    Ok(Value::Null)
+}
+
+/// The error of the block layer as the monitor tells it.
+fn block_error(error: block::Error) -> qmp::Error {
+    qmp::Error::generic(error.to_string())
+}
+
+/// `words` as an enumeration, for the lists of types below.
+fn words(name: &'static str, words: &[&'static str], doc: &'static str) -> Definition {
+    Definition::enumeration(name, words, doc)
+}

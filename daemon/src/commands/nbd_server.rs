@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `nbd-server-start`, `nbd-server-stop`.
+
+use std::time::Duration;
+
+use export::nbd::Limits;
+use qmp::{Arguments, Call, Command, Definition, Error, Member, Type};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::words;
+use crate::state::Daemon;
+
+pub fn types() -> Vec<Definition> {
+    let data = |name: &'static str, inner: &'static str| {
+        Definition::structure(
+            name,
+            [Member::required("data", Type::Named(inner), "The address.")],
+            "An address, wrapped.",
+        )
+    };
+    vec![
+        words("SocketAddressType", &["inet", "unix", "vsock", "fd"], "Kinds of socket addresses."),
+        Definition::structure(
+            "FdSocketAddress",
+            [Member::required("str", Type::Str, "The name that `getfd` gave a listening socket.")],
+            "A passed socket.",
+        ),
+        Definition::structure(
+            "InetSocketAddress",
+            [
+                Member::required("host", Type::Str, "Host name or address."),
+                Member::required("port", Type::Str, "Port."),
+            ],
+            "A TCP address: refused, because nothing is bound here.",
+        ),
+        Definition::structure(
+            "UnixSocketAddress",
+            [Member::required("path", Type::Str, "Path.")],
+            "A unix socket's path: refused, because nothing is bound here.",
+        ),
+        Definition::structure(
+            "VsockSocketAddress",
+            [Member::required("cid", Type::Str, "Context id."), Member::required("port", Type::Str, "Port.")],
+            "A vsock address: refused, because nothing is bound here.",
+        ),
+        data("FdSocketAddressWrapper", "FdSocketAddress"),
+        data("InetSocketAddressWrapper", "InetSocketAddress"),
+        data("UnixSocketAddressWrapper", "UnixSocketAddress"),
+        data("VsockSocketAddressWrapper", "VsockSocketAddress"),
+        Definition::union(
+            "SocketAddressLegacy",
+            [Member::required("type", Type::Named("SocketAddressType"), "The kind.")],
+            "type",
+            [
+                ("inet", Type::Named("InetSocketAddressWrapper")),
+                ("unix", Type::Named("UnixSocketAddressWrapper")),
+                ("vsock", Type::Named("VsockSocketAddressWrapper")),
+                ("fd", Type::Named("FdSocketAddressWrapper")),
+            ],
+            "Where a server listens.",
+        ),
+    ]
+}
+
+pub fn commands() -> Vec<Command<Daemon>> {
+    vec![
+        Command::new(
+            "nbd-server-start",
+            "Serves NBD on a listening socket that was passed with `getfd`.",
+            [
+                Member::required("addr", Type::Named("SocketAddressLegacy"), "The socket: `type` must be `fd`."),
+                Member::optional(
+                    "handshake-max-seconds",
+                    Type::Uint32,
+                    "How long a client may negotiate, seconds; default 10, 0 is no limit.",
+                ),
+                Member::optional("tls-creds", Type::Str, "Not supported."),
+                Member::optional("tls-authz", Type::Str, "Not supported."),
+                Member::optional("max-connections", Type::Uint32, "Most clients at once; default 100, 0 is no limit."),
+            ],
+            start,
+        ),
+        Command::new(
+            "nbd-server-stop",
+            "Closes the listening socket, hangs up on every client, and removes every NBD export.",
+            Arguments::NONE,
+            stop,
+        ),
+    ]
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Start {
+    addr: Value,
+    handshake_max_seconds: Option<u32>,
+    tls_creds: Option<String>,
+    tls_authz: Option<String>,
+    max_connections: Option<u32>,
+}
+
+fn start(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
+    let Start { addr, handshake_max_seconds, tls_creds, tls_authz, max_connections } = call.parse()?;
+    if daemon.exports.nbd_is_running() {
+        return Err(Error::generic("NBD server already running"));
+    }
+    if tls_creds.is_some() || tls_authz.is_some() {
+        return Err(Error::generic("TLS is not supported by this version; leave out 'tls-creds' and 'tls-authz'"));
+    }
+    let kind = addr["type"].as_str().unwrap_or_default();
+    if kind != "fd" {
+        return Err(Error::generic(format!(
+            "Could not listen on a socket of type '{kind}': this daemon binds nothing; pass a listening socket with getfd \
+             and give {{\"type\": \"fd\", \"data\": {{\"str\": NAME}}}}"
+        )));
+    }
+    let listener = daemon.named_fds().take(addr["data"]["str"].as_str().unwrap_or_default())?;
+    let defaults = Limits::default();
+    let limits = Limits {
+        connections: max_connections.map_or(defaults.connections, |most| most as usize),
+        handshake: handshake_max_seconds.map_or(defaults.handshake, |seconds| Duration::from_secs(seconds.into())),
+    };
+    daemon.exports.start_nbd(listener, limits)?;
+    Ok(Value::Null)
+}
+
+fn stop(daemon: &mut Daemon, _: Call<'_>) -> Result<Value, Error> {
+    daemon.exports.stop_nbd()?;
+    daemon.reap_exports();
+    Ok(Value::Null)
+}

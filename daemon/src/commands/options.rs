@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The schema of `blockdev-add`, made from the table of drivers.
+
+use std::sync::LazyLock;
+
+use block::{DRIVERS, DriverEntry, OptionKind};
+use qmp::{Definition, Member, Type};
+
+use super::words;
+
+/// Members that every node takes, before those of its driver.
+const BASE: [Member; 8] = [
+    Member::required("driver", Type::Named("BlockdevDriver"), "The image's format, or `file` for a passed descriptor."),
+    Member::optional("node-name", Type::Str, "The node's name; mandatory at the top level."),
+    Member::optional("discard", Type::Named("BlockdevDiscardOptions"), "What a discard does; by default nothing."),
+    Member::optional("cache", Type::Named("BlockdevCacheOptions"), "How the host caches."),
+    Member::optional("read-only", Type::Bool, "Whether the image is never written; default false."),
+    Member::optional("auto-read-only", Type::Bool, "Not supported: must be false."),
+    Member::optional("force-share", Type::Bool, "Not supported: must be false."),
+    Member::optional("detect-zeroes", Type::Named("BlockdevDetectZeroesOptions"), "Only `off` is supported."),
+];
+
+/// Names of the definitions that are made from the table: made once, kept for ever.
+static DRIVER_TYPES: LazyLock<Vec<(&'static str, &'static str)>> = LazyLock::new(|| {
+    let leak = |name: String| -> &'static str { Box::leak(name.into_boxed_str()) };
+    DRIVERS.iter().map(|driver| (driver.name, leak(format!("BlockdevOptions-{}", driver.name)))).collect()
+});
+
+/// `BlockdevOptions` and all that it speaks of.
+pub fn types() -> Vec<Definition> {
+    let names: Vec<&'static str> = DRIVERS.iter().map(|driver| driver.name).collect();
+    let variants: Vec<(&'static str, Type)> =
+        DRIVER_TYPES.iter().map(|&(driver, name)| (driver, Type::Named(name))).collect();
+    let mut types = vec![
+        words("BlockdevDriver", &names, "The drivers."),
+        words("BlockdevDiscardOptions", &["ignore", "unmap"], "What a discard does."),
+        words("BlockdevDetectZeroesOptions", &["off", "on", "unmap"], "Whether writes of zeroes are looked for."),
+        words("OnOffAuto", &["auto", "on", "off"], "A switch that may choose for itself."),
+        words("BlockdevAioOptions", &["threads", "native", "io_uring"], "How the host is asked."),
+        Definition::structure(
+            "BlockdevCacheOptions",
+            [
+                Member::optional("direct", Type::Bool, "Not supported: must be false."),
+                Member::optional("no-flush", Type::Bool, "Not supported: must be false."),
+            ],
+            "How the host caches.",
+        ),
+        Definition::union("BlockdevOptions", BASE, "driver", variants, "A node to be made."),
+        Definition::alternate(
+            "BlockdevRef",
+            [Type::Named("BlockdevOptions"), Type::Str],
+            "A node to be made for its parent, or the name of one.",
+        ),
+        Definition::alternate(
+            "BlockdevRefOrNull",
+            [Type::Named("BlockdevOptions"), Type::Str, Type::Null],
+            "As BlockdevRef; null says that there is none.",
+        ),
+    ];
+    for (driver, (_, name)) in DRIVERS.iter().zip(DRIVER_TYPES.iter()) {
+        types.push(Definition::structure(name, members(driver), driver.summary));
+    }
+    types
+}
+
+fn members(driver: &DriverEntry) -> Vec<Member> {
+    let mut members = Vec::new();
+    if driver.takes_descriptor {
+        members.push(Member::required("filename", Type::Str, "`/dev/fdset/ID`: the set that holds the descriptor."));
+        members.push(Member::optional("aio", Type::Named("BlockdevAioOptions"), "Only `threads` is supported."));
+        members.push(Member::optional("locking", Type::Named("OnOffAuto"), "`on` is not supported."));
+    }
+    for child in driver.children {
+        let ty = if child.name == "backing" { "BlockdevRefOrNull" } else { "BlockdevRef" };
+        let ty = Type::Named(ty);
+        members.push(Member { name: child.name, ty, optional: !child.required, doc: "The node below." });
+    }
+    for option in driver.options {
+        let ty = match option.kind {
+            OptionKind::Bool => Type::Bool,
+            // A signed number in QAPI, so that a negative one is refused by what it means and not by its type.
+            OptionKind::Size => Type::Int,
+            OptionKind::Str => Type::Str,
+        };
+        members.push(Member::optional(option.name, ty, option.summary));
+    }
+    members
+}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The control thread: it sleeps until a monitor, a signal or another thread has something for it.
+
+use std::io;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use confine::Confined;
+use qmp::Table;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use sys::signal::Signals;
+
+use crate::monitor::{Monitor, Source};
+use crate::state::Daemon;
+use crate::wake::Wake;
+
+/// A monitor to be.
+#[derive(Debug)]
+pub struct MonitorSetup {
+    /// Where its clients come from.
+    pub source: Source,
+    /// Whether its output is spread over indented lines.
+    pub pretty: bool,
+}
+
+/// What the daemon serves with: everything that had to be opened is open.
+pub struct Setup {
+    /// Its monitors.
+    pub monitors: Vec<MonitorSetup>,
+    /// What fd sets take, and how long they keep it.
+    pub fdsets: fdset::Settings,
+    /// Signals that end it.
+    pub signals: Signals,
+    /// Whether it ends when no monitor has a client or can get one: for a daemon that belongs to its manager.
+    pub ends_with_monitors: bool,
+}
+
+/// Serves until `quit`, a signal, or the end of the monitors. The proof says that this process can open nothing any more.
+///
+/// # Errors
+/// A monitor's socket cannot be used, or polling fails.
+pub fn serve(
+    confined: Confined,
+    setup: Setup,
+    startup: impl FnOnce(&Table<Daemon>, &mut Daemon) -> Result<(), qmp::Error>,
+) -> Result<(), ServeError> {
+    let table = crate::commands::table();
+    let wake = Arc::new(Wake::new()?);
+    let mut daemon = Daemon::new(confined, setup.fdsets, Arc::clone(&wake));
+    startup(&table, &mut daemon)?;
+    let mut monitors = Vec::new();
+    for (id, MonitorSetup { source, pretty }) in setup.monitors.into_iter().enumerate() {
+        monitors.push(Monitor::new(id, source, pretty, &table)?);
+    }
+    let abandoned = |monitors: &[Monitor]| setup.ends_with_monitors && monitors.iter().all(Monitor::is_over);
+    while !daemon.quit && !abandoned(&monitors) {
+        let ready = wait(&setup.signals, &wake, &monitors)?;
+        if ready.signal && setup.signals.next()?.is_some() {
+            daemon.quit = true;
+        }
+        wake.clear();
+        daemon.reap_exports();
+        announce(&mut daemon, &mut monitors);
+        for index in ready.monitors {
+            let answer = monitors[index].advance(&table, &mut daemon);
+            announce(&mut daemon, &mut monitors);
+            monitors[index].answer(&answer);
+        }
+        for monitor in &mut monitors {
+            monitor.flush();
+        }
+    }
+    Ok(())
+}
+
+/// Why the daemon ended before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A descriptor of its own failed it.
+    #[error("the control thread cannot go on: {0}")]
+    Io(#[from] io::Error),
+    /// Something that the command line asked for cannot be done.
+    #[error("{0}")]
+    Startup(#[from] qmp::Error),
+}
+
+struct Ready {
+    signal: bool,
+    monitors: Vec<usize>,
+}
+
+fn wait(signals: &Signals, wake: &Wake, monitors: &[Monitor]) -> io::Result<Ready> {
+    let mut fds = vec![PollFd::new(signals, PollFlags::IN), PollFd::new(wake, PollFlags::IN)];
+    let mut polled = Vec::new();
+    for (index, monitor) in monitors.iter().enumerate() {
+        if let Some((fd, flags)) = monitor.interest() {
+            fds.push(PollFd::from_borrowed_fd(fd, flags));
+            polled.push(index);
+        }
+    }
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let busy = monitors.iter().any(Monitor::is_busy);
+    match poll(&mut fds, busy.then_some(&now)) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let fired: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+    let ready = polled.iter().zip(&fired[2..]).filter(|&(&index, &fired)| fired || monitors[index].is_busy());
+    Ok(Ready { signal: fired[0], monitors: ready.map(|(&index, _)| index).collect() })
+}
+
+/// Tells every monitor what has happened.
+fn announce(daemon: &mut Daemon, monitors: &mut [Monitor]) {
+    for (name, data) in daemon.events.drain(..) {
+        for monitor in &mut *monitors {
+            monitor.notify(name, &data, SystemTime::now());
+        }
+    }
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The control side of exports: ids, the NBD server, and what is on its way out.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use block::Claim;
+use export::Workers;
+use export::nbd::{Export, Limits, Server, Settings};
+use qmp::Error;
+
+use crate::wake::Wake;
+
+/// An export as queries show it.
+#[derive(Debug)]
+pub struct Shown<'a> {
+    /// Its id.
+    pub id: &'a str,
+    /// Its kind.
+    pub kind: &'static str,
+    /// Its node.
+    pub node_name: &'a str,
+    /// Whether it is being removed.
+    pub shutting_down: bool,
+}
+
+struct Entry {
+    export: Arc<Export>,
+    claim: Claim,
+    shutting_down: bool,
+}
+
+/// All exports by id.
+pub struct Exports {
+    nbd: Option<Server>,
+    entries: BTreeMap<String, Entry>,
+    workers: Workers,
+    wake: Arc<Wake>,
+}
+
+impl Exports {
+    /// None yet. `wake` is told when a client has left.
+    pub fn new(wake: Arc<Wake>) -> Exports {
+        Exports { nbd: None, entries: BTreeMap::new(), workers: Workers::new(), wake }
+    }
+
+    /// Whether there is an NBD server.
+    pub fn nbd_is_running(&self) -> bool {
+        self.nbd.is_some()
+    }
+
+    /// Serves NBD on a listening socket.
+    ///
+    /// # Errors
+    /// The descriptor is no listening stream socket, or there is no thread for it.
+    pub fn start_nbd(&mut self, listener: OwnedFd, limits: Limits) -> Result<(), Error> {
+        if !rustix::net::sockopt::socket_acceptconn(&listener).unwrap_or(false) {
+            return Err(Error::generic("The passed descriptor is not a listening socket"));
+        }
+        let wake = Arc::clone(&self.wake);
+        let server = Server::start(listener, limits, self.workers.clone(), move || wake.up())
+            .map_err(|e| Error::generic(format!("Could not start the NBD server: {e}")))?;
+        self.nbd = Some(server);
+        Ok(())
+    }
+
+    /// Stops the NBD server; its exports are on their way out.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn stop_nbd(&mut self) -> Result<(), Error> {
+        let server = self.nbd.take().ok_or_else(|| Error::generic("NBD server not running"))?;
+        server.stop();
+        for entry in self.entries.values_mut() {
+            entry.shutting_down = true;
+        }
+        Ok(())
+    }
+
+    /// Whether an export has that id.
+    pub fn contains(&self, id: &str) -> bool {
+        self.entries.contains_key(id)
+    }
+
+    /// Adds an NBD export whose node is claimed.
+    ///
+    /// # Errors
+    /// There is no server, or the export's name is taken; the claim comes back.
+    pub fn add_nbd(&mut self, id: String, settings: Settings, claim: Claim) -> Result<(), (Error, Claim)> {
+        let Some(server) = &self.nbd else { return Err((Error::generic("NBD server not running"), claim)) };
+        let taken = format!("NBD server already has export named '{}'", settings.name);
+        let Some(export) = server.add(settings) else { return Err((Error::generic(taken), claim)) };
+        self.entries.insert(id, Entry { export, claim, shutting_down: false });
+        Ok(())
+    }
+
+    /// Starts an export's removal.
+    ///
+    /// # Errors
+    /// There is none of that id, it is being removed already, or it has clients and `hard` is false.
+    pub fn remove(&mut self, id: &str, hard: bool) -> Result<(), Error> {
+        let entry = self.entries.get_mut(id).ok_or_else(|| Error::generic(format!("Export '{id}' is not found")))?;
+        if entry.shutting_down {
+            return Err(Error::generic(format!("Export '{id}' is already shutting down")));
+        }
+        if !hard && entry.export.clients() > 0 {
+            return Err(Error::generic(format!("export '{id}' still in use")));
+        }
+        entry.shutting_down = true;
+        if let Some(server) = &self.nbd {
+            server.remove(entry.export.name());
+        }
+        Ok(())
+    }
+
+    /// Takes out those that are on their way and have no client any more: their ids and claims.
+    pub fn reap(&mut self) -> Vec<(String, Claim)> {
+        self.entries
+            .extract_if(.., |_, entry| entry.shutting_down && entry.export.clients() == 0)
+            .map(|(id, entry)| (id, entry.claim))
+            .collect()
+    }
+
+    /// Every export, by id.
+    pub fn list(&self) -> impl Iterator<Item = Shown<'_>> {
+        self.entries.iter().map(|(id, entry)| Shown {
+            id,
+            kind: "nbd",
+            node_name: entry.export.node().name(),
+            shutting_down: entry.shutting_down,
+        })
+    }
+}

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What the command line names on the host, opened while the process still can.
+//!
+//! This is the only place in the daemon that opens anything, and it is over before the process is confined. Over the monitor
+//! a path is always refused.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use serde_json::{Map, Value, json};
+
+use crate::monitor::Source;
+use crate::state::Daemon;
+
+/// Sets that the daemon makes for files named on its command line start here: out of the way of users' numbers, and low
+/// enough for `/dev/fdset/N` (2^31-1 is the last that can be named).
+const FIRST_OWN_SET: i64 = 1 << 30;
+
+/// Character devices by id.
+#[derive(Debug, Default)]
+pub struct Chardevs(BTreeMap<String, Source>);
+
+impl Chardevs {
+    /// Makes one from checked `ChardevOptions`.
+    ///
+    /// # Errors
+    /// A sentence for the user.
+    pub fn add(&mut self, options: &Value) -> Result<(), String> {
+        let id = options["id"].as_str().unwrap_or_default().to_owned();
+        let server = options["server"].as_bool().unwrap_or(false);
+        let wait = options["wait"].as_bool().unwrap_or(true);
+        let socket = match (options["fd"].as_str(), options["path"].as_str()) {
+            (Some(fd), None) => inherited(fd)?,
+            (None, Some(path)) if server => listen(path)?,
+            (None, Some(path)) => {
+                UnixStream::connect(path).map_err(|e| format!("Failed to connect to '{path}': {e}"))?.into()
+            }
+            _ => return Err("exactly one of 'fd' and 'path' must be given".into()),
+        };
+        if server && wait {
+            // The client stays in the listener's queue until the monitor takes it in.
+            poll(&mut [PollFd::new(&socket, PollFlags::IN)], None)
+                .map_err(|e| format!("Failed to wait for a client: {e}"))?;
+        }
+        if self.0.contains_key(&id) {
+            return Err(format!("Duplicate ID '{id}' for chardev"));
+        }
+        self.0.insert(id, if server { Source::Listener(socket) } else { Source::Connected(socket) });
+        Ok(())
+    }
+
+    /// The device called `id`, for a monitor.
+    pub fn take(&mut self, id: &str) -> Option<Source> {
+        self.0.remove(id)
+    }
+
+    /// A device that no monitor took.
+    pub fn unused(&self) -> Option<&str> {
+        self.0.keys().next().map(String::as_str)
+    }
+}
+
+/// Descriptors on their way into fd sets and under names.
+#[derive(Debug, Default)]
+pub struct Openings {
+    sets: Vec<(i64, OwnedFd, Option<String>)>,
+    named: Vec<(String, OwnedFd)>,
+    inherited: BTreeMap<i64, OwnedFd>,
+    own_sets: i64,
+}
+
+impl Openings {
+    /// `--add-fd`, with QEMU's checks.
+    ///
+    /// # Errors
+    /// QEMU's words.
+    pub fn add_fd(&mut self, options: &Value) -> Result<(), String> {
+        let number =
+            options["fd"].as_i64().filter(|&fd| fd >= 0).ok_or("fd option is required and must be non-negative")?;
+        if number <= 2 {
+            return Err("fd cannot be a standard I/O stream".into());
+        }
+        let set =
+            options["set"].as_i64().filter(|&set| set >= 0).ok_or("set option is required and must be non-negative")?;
+        // One number may go into several sets.
+        let fd = match self.inherited.get(&number) {
+            Some(fd) => fd.try_clone(),
+            None => i32::try_from(number)
+                .map_err(|_| io::ErrorKind::NotFound.into())
+                .and_then(sys::fd::inherited)
+                .and_then(|fd| fd.try_clone().inspect(|_| drop(self.inherited.insert(number, fd)))),
+        };
+        let fd = fd.map_err(|_| "fd is not valid or already in use")?;
+        self.sets.push((set, fd, options["opaque"].as_str().map(str::to_owned)));
+        Ok(())
+    }
+
+    /// Opens the files that `BlockdevOptions` name, at any depth, and lets the options name sets instead.
+    ///
+    /// # Errors
+    /// A sentence for the user.
+    pub fn open_files(&mut self, options: &mut Value, read_only: bool) -> Result<(), String> {
+        let Value::Object(options) = options else { return Ok(()) };
+        let read_only = options.get("read-only").and_then(Value::as_bool).unwrap_or(read_only);
+        if let Some(Value::String(filename)) = options.get_mut("filename")
+            && !filename.starts_with(fdset::PREFIX)
+        {
+            let file = OpenOptions::new().read(true).write(!read_only).open(&*filename);
+            let file = file.map_err(|e| format!("Could not open '{filename}': {e}"))?;
+            let set = FIRST_OWN_SET + self.own_sets;
+            self.own_sets += 1;
+            self.sets.push((set, file.into(), Some(filename.clone())));
+            *filename = format!("{}{set}", fdset::PREFIX);
+        }
+        for (key, child) in options.iter_mut().filter(|(_, child)| child.is_object()) {
+            self.open_files(child, read_only || key == "backing")?;
+        }
+        Ok(())
+    }
+
+    /// `--nbd-server`: the socket, and the arguments of `nbd-server-start` that name it.
+    ///
+    /// # Errors
+    /// A sentence for the user.
+    pub fn nbd_server(&mut self, options: Value) -> Result<Value, String> {
+        let Value::Object(mut options) = options else { return Err("not an object".into()) };
+        let address = options.remove("addr").unwrap_or_default();
+        let socket = match (address["str"].as_str(), address["path"].as_str()) {
+            (Some(fd), _) => inherited(fd)?,
+            (None, Some(path)) => listen(path)?,
+            (None, None) => return Err("Parameter 'addr' is missing".into()),
+        };
+        let name = "command-line-nbd-server";
+        self.named.push((name.into(), socket));
+        options.insert("addr".into(), json!({ "type": "fd", "data": { "str": name } }));
+        Ok(Value::Object(Map::from_iter(options)))
+    }
+
+    /// Gives everything to the daemon.
+    ///
+    /// # Errors
+    /// A set refuses a descriptor.
+    pub fn hand_over(self, daemon: &mut Daemon) -> Result<(), qmp::Error> {
+        for (set, fd, opaque) in self.sets {
+            daemon.add_fd(fd, Some(set), opaque)?;
+        }
+        for (name, fd) in self.named {
+            daemon.named_fds().add(&name, fd)?;
+        }
+        Ok(())
+    }
+}
+
+fn inherited(number: &str) -> Result<OwnedFd, String> {
+    let parsed: i32 = number.parse().map_err(|_| format!("'{number}' is not the number of a descriptor"))?;
+    let fd = if parsed == 0 { sys::fd::standard_input() } else { sys::fd::inherited(parsed) };
+    fd.map_err(|e| format!("File descriptor {number} was not passed to this process: {e}"))
+}
+
+/// Binds and listens; a socket file that nobody serves any more is replaced, as QEMU does.
+fn listen(path: &str) -> Result<OwnedFd, String> {
+    match std::fs::symlink_metadata(path) {
+        Ok(metadata) if std::os::unix::fs::FileTypeExt::is_socket(&metadata.file_type()) => {
+            std::fs::remove_file(path).map_err(|e| format!("Failed to unlink socket {path}: {e}"))?;
+        }
+        _ => {}
+    }
+    UnixListener::bind(path).map(OwnedFd::from).map_err(|e| format!("Failed to bind socket to {path}: {e}"))
+}

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What an image is built from: the chain of backing files and the external data file of each layer.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use crate::inspector::{Inspection, Program};
+use crate::opening::{Opened, Rights, open_beneath, open_named};
+use crate::{Error, Result};
+
+/// Most layers in a chain.
+const MAX_LAYERS: usize = 64;
+
+/// What the user allows.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    /// The format of the image; `None` lets the confined inspector look for a magic number.
+    pub format: Option<String>,
+    /// The format of a backing file whose image does not say; guessing it would let a guest choose.
+    pub backing_format: Option<String>,
+    /// Whether the top may only be read.
+    pub read_only: bool,
+    /// Directories, besides the image's own, beneath which named files may be opened.
+    pub allowed: Vec<PathBuf>,
+}
+
+/// A layer: an image, and where its data is if not in itself.
+#[derive(Debug)]
+pub struct Layer {
+    /// The image.
+    pub image: Opened,
+    /// What it says.
+    pub inspection: Inspection,
+    /// Its external data file.
+    pub data_file: Option<Opened>,
+}
+
+/// A chain of layers, the top first.
+#[derive(Debug)]
+pub struct Chain {
+    /// At least one.
+    pub layers: Vec<Layer>,
+    /// Why the top is read-only although the user did not ask for it.
+    pub notice: Option<&'static str>,
+}
+
+/// Opens `path` and everything it is built from.
+///
+/// # Errors
+/// A file cannot be opened or may not be, an image is broken, the chain is too long or bites its tail.
+pub fn open(program: &Program, path: &std::path::Path, policy: &Policy) -> Result<Chain> {
+    let mut seen = BTreeSet::new();
+    let mut notice = None;
+    let mut image = open_named(path, Rights::ReadOnly)?;
+    let mut format = policy.format.clone();
+    let mut layers: Vec<Layer> = Vec::new();
+    let path = path.canonicalize().map_err(|source| Error::Open { path: path.to_owned(), purpose: "", source })?;
+    let mut base = path.parent().map(PathBuf::from).unwrap_or_default();
+    let mut roots = vec![base.clone()];
+    for root in &policy.allowed {
+        let canonical = root.canonicalize().map_err(|source| Error::Open {
+            path: root.clone(),
+            purpose: " for --allow",
+            source,
+        })?;
+        roots.push(canonical);
+    }
+    loop {
+        if layers.len() == MAX_LAYERS {
+            return Err(Error::Refused(format!("the chain has more than {MAX_LAYERS} layers")));
+        }
+        if !seen.insert(image.identity) {
+            let text = "is part of its own backing chain".into();
+            return Err(Error::Image { path: image.path, text });
+        }
+        let inspection = program.inspect(&image.file, &image.path, format.as_deref())?;
+        let data_file = match &inspection.data_file {
+            Some(name) => Some(open_beneath(&roots, &base, name)?),
+            None => None,
+        };
+        if layers.is_empty() && !policy.read_only {
+            if inspection.format == "raw" {
+                let writable = open_named(&path, Rights::ReadWrite)?;
+                if writable.identity != image.identity {
+                    return Err(Error::Refused(format!("'{}' was replaced while it was opened", path.display())));
+                }
+                image = writable;
+            } else {
+                notice = Some("only raw images can be written by this version; serving read-only");
+            }
+        }
+        let next = match &inspection.backing {
+            None => None,
+            Some(name) => {
+                let next = open_beneath(&roots, &base, name)?;
+                format = inspection.backing_format.clone().or_else(|| policy.backing_format.clone());
+                if format.is_none() {
+                    return Err(Error::Refused(format!(
+                        "'{}' does not say which format its backing file '{}' has; say it with --backing-format",
+                        image.path.display(),
+                        name.escape_debug()
+                    )));
+                }
+                Some(next)
+            }
+        };
+        layers.push(Layer { image, inspection, data_file });
+        match next {
+            None => return Ok(Chain { layers, notice }),
+            Some(next) => {
+                base = next.path.parent().map(PathBuf::from).unwrap_or_default();
+                image = next;
+            }
+        }
+    }
+}

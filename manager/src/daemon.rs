@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The confined daemon as the manager sees it: a child process with one socket.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::process::{Child, ExitStatus, Stdio};
+
+use qmp::Client;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use serde_json::{Map, Value};
+
+use crate::inspector::Program;
+use crate::{Error, Result};
+
+/// A running daemon. Dropping it closes the socket, and then the daemon ends by itself.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    client: Client,
+}
+
+impl Daemon {
+    /// Starts a daemon whose standard input is its monitor, and waits for its greeting: by then it is confined.
+    ///
+    /// # Errors
+    /// It cannot be started, or ends before it greets (its own message is on standard error).
+    pub fn start(program: &Program) -> Result<Daemon> {
+        let doing = "could not start the confined daemon";
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+            .map_err(io::Error::from)
+            .map_err(Error::process(doing))?;
+        let mut command = program.verb("daemon");
+        command.args(["--chardev", "socket,id=manager,fd=0", "--monitor", "manager", "--ends-with-monitors"]);
+        command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
+        let child = command.spawn().map_err(Error::process(doing))?;
+        // Our copy of the daemon's end goes with the command: if the daemon dies, the socket says so.
+        drop(command);
+        let client = Client::new(ours).map_err(|source| Error::Daemon { command: "the connection".into(), source })?;
+        Ok(Daemon { child, client })
+    }
+
+    /// The daemon's process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Runs a command and passes `fds` with it.
+    ///
+    /// # Errors
+    /// The daemon refuses, or has gone.
+    pub fn execute(&mut self, command: &str, arguments: Value, fds: &[BorrowedFd<'_>]) -> Result<Value> {
+        let arguments = match arguments {
+            Value::Object(arguments) => arguments,
+            _ => Map::new(),
+        };
+        self.client
+            .execute(command, arguments, fds)
+            .map_err(|source| Error::Daemon { command: command.to_owned(), source })
+    }
+
+    /// A descriptor that is readable once the daemon has ended.
+    ///
+    /// # Errors
+    /// `ESRCH` if it is gone already.
+    pub fn pidfd(&self) -> io::Result<OwnedFd> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
+    }
+
+    /// Asks the daemon to end, and waits for it.
+    ///
+    /// # Errors
+    /// Waiting failed.
+    pub fn stop(mut self) -> io::Result<ExitStatus> {
+        // A daemon that got the same Ctrl-C has gone already.
+        let _ = self.client.execute("quit", Map::new(), &[]);
+        self.child.wait()
+    }
+
+    /// Waits until the daemon has ended.
+    ///
+    /// # Errors
+    /// Waiting failed.
+    pub fn wait(mut self) -> io::Result<ExitStatus> {
+        self.child.wait()
+    }
+}

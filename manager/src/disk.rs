@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Passing a chain to the daemon: every file into an fd set, every layer a node over it.
+
+use std::os::fd::AsFd;
+
+use serde_json::{Map, Value, json};
+
+use crate::Result;
+use crate::chain::Chain;
+use crate::daemon::Daemon;
+use crate::opening::{Opened, Rights};
+
+/// Passes the files of `chain` and builds its nodes, the lowest first. Returns the name of the top node.
+///
+/// # Errors
+/// The daemon refuses one.
+pub fn attach(daemon: &mut Daemon, chain: &Chain, name: &str) -> Result<String> {
+    let mut below: Option<String> = None;
+    for (index, layer) in chain.layers.iter().enumerate().rev() {
+        let node = if index == 0 { name.to_owned() } else { format!("{name}-layer{index}") };
+        let mut options = Map::from_iter([
+            ("driver".to_owned(), json!(layer.inspection.format)),
+            ("node-name".into(), json!(node)),
+            ("read-only".into(), json!(layer.image.rights == Rights::ReadOnly)),
+            ("discard".into(), json!("unmap")),
+            ("file".into(), file(daemon, &layer.image)?),
+        ]);
+        if let Some(data_file) = &layer.data_file {
+            options.insert("data-file".into(), file(daemon, data_file)?);
+        }
+        if let Some(below) = below {
+            options.insert("backing".into(), json!(below));
+        }
+        daemon.execute("blockdev-add", Value::Object(options), &[])?;
+        below = Some(node);
+    }
+    Ok(name.to_owned())
+}
+
+/// A new fd set with one descriptor, and the node options that open it.
+fn file(daemon: &mut Daemon, opened: &Opened) -> Result<Value> {
+    let (device, inode) = opened.identity;
+    let opaque = format!("doorless:{device}:{inode}:{}", opened.path.display());
+    let added = daemon.execute("add-fd", json!({ "opaque": opaque }), &[opened.file.as_fd()])?;
+    Ok(json!({
+        "driver": "file",
+        "filename": format!("/dev/fdset/{}", added["fdset-id"]),
+        "read-only": opened.rights == Rights::ReadOnly,
+        "discard": "unmap",
+    }))
+}

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Asking the confined inspector about an image: the manager itself never looks at a byte of it.
+//!
+//! The inspector is this same program, started once per image with the image as its standard input and nothing else. It
+//! confines itself, reads the header, answers one JSON object, and ends.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde::Deserialize;
+
+use crate::{Error, Result};
+
+/// Longest answer that is read, bytes: names in images are at most 1023 bytes each.
+const MAX_ANSWER: usize = 64 << 10;
+
+/// What an image says about itself. Names are untrusted text.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub struct Inspection {
+    /// The driver that reads it.
+    pub format: String,
+    /// Bytes that a guest sees.
+    pub virtual_size: u64,
+    /// The backing file's name.
+    pub backing: Option<String>,
+    /// The backing file's format.
+    pub backing_format: Option<String>,
+    /// The external data file's name.
+    pub data_file: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Answer {
+    Error { error: String },
+    Inspection(Inspection),
+}
+
+/// How the programs of this project are started.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// The program; [`Program::THIS`] is the running one.
+    pub executable: PathBuf,
+    /// Arguments for every started process that say how it confines itself.
+    pub confinement: Vec<String>,
+}
+
+impl Program {
+    /// The running program: the same binary even if its file was replaced meanwhile.
+    pub const THIS: &str = "/proc/self/exe";
+
+    /// The program, started with a verb.
+    pub(crate) fn verb(&self, verb: &str) -> Command {
+        let mut command = Command::new(&self.executable);
+        command.arg(verb).args(&self.confinement).env_clear();
+        command
+    }
+
+    /// What the image in `file` says about itself; `format` keeps the inspector from guessing.
+    ///
+    /// # Errors
+    /// The inspector cannot be started, or refuses the image.
+    pub fn inspect(&self, file: &File, path: &Path, format: Option<&str>) -> Result<Inspection> {
+        let doing = "could not run the confined inspector";
+        let image = file.try_clone().map_err(Error::process(doing))?;
+        let mut command = self.verb("inspect");
+        if let Some(format) = format {
+            command.args(["--format", format]);
+        }
+        let output =
+            command.stdin(Stdio::from(image)).stderr(Stdio::inherit()).output().map_err(Error::process(doing))?;
+        let refused = |text: String| Error::Image { path: path.to_owned(), text };
+        if output.stdout.len() > MAX_ANSWER {
+            return Err(refused("the inspector's answer is too long".into()));
+        }
+        match serde_json::from_slice(&output.stdout) {
+            Ok(Answer::Inspection(inspection)) => Ok(inspection),
+            Ok(Answer::Error { error }) => Err(refused(error)),
+            Err(_) => Err(refused(format!("the inspector ended without an answer ({})", output.status))),
+        }
+    }
+}

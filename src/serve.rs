@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `doorless serve`: an image on an NBD socket until Ctrl-C.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use manager::chain::{Chain, Policy};
+use manager::serve::{Request, serve, uri};
+
+use crate::{Confinement, PrivateSocket};
+
+/// Options of `serve`.
+#[derive(Args)]
+pub struct Options {
+    /// The disk image.
+    image: PathBuf,
+    /// Its format, for example `raw` or `qcow2`; without it a confined process looks for a magic number. Say `raw` for a disk
+    /// whose first sector a guest can write.
+    #[arg(long, short)]
+    format: Option<String>,
+    /// Format of backing files whose overlay does not say.
+    #[arg(long, value_name = "FORMAT")]
+    backing_format: Option<String>,
+    /// Never write to the image.
+    #[arg(long, short)]
+    read_only: bool,
+    /// Where to listen; by default in a directory that only this user can enter.
+    #[arg(long, short = 'k', value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// The export's name; by default the empty name, which clients ask for when they name none.
+    #[arg(long, default_value = "")]
+    name: String,
+    /// A further directory beneath which files named by the image (backing, data file) may be opened. May be repeated.
+    #[arg(long, value_name = "DIR")]
+    allow: Vec<PathBuf>,
+    #[command(flatten)]
+    confinement: Confinement,
+}
+
+/// Serves until a signal or the daemon's end.
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    let waiting = manager::serve::Waiting::new().context("could not prepare for signals")?;
+    let private = match &options.socket {
+        Some(_) => None,
+        None => Some(PrivateSocket::new()?),
+    };
+    let socket = match (&options.socket, &private) {
+        (Some(path), _) => std::path::absolute(path)?,
+        (None, Some(private)) => private.path(),
+        (None, None) => bail!("no socket"),
+    };
+    let request = Request {
+        image: options.image.clone(),
+        policy: Policy {
+            format: options.format.clone(),
+            backing_format: options.backing_format.clone(),
+            read_only: options.read_only,
+            allowed: options.allow.clone(),
+        },
+        socket: socket.clone(),
+        name: options.name.clone(),
+    };
+    let served = serve(&options.confinement.program(), &request)?;
+    announce(&served.chain, served.daemon.pid(), &uri(&socket, &options.name))?;
+    waiting.until_signal_or_end(&served.daemon)?;
+    served.stop()?;
+    Ok(())
+}
+
+/// Tells what is served, and lines to try it with.
+fn announce(chain: &Chain, daemon: u32, uri: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    for (index, layer) in chain.layers.iter().enumerate() {
+        let place = if index == 0 { "image" } else { "backed by" };
+        let inspection = &layer.inspection;
+        let rights = match layer.image.rights {
+            manager::opening::Rights::ReadOnly => "read-only",
+            manager::opening::Rights::ReadWrite => "read-write",
+        };
+        let path = layer.image.path.display();
+        writeln!(out, "{place}: {path} ({}, {} bytes, {rights})", inspection.format, inspection.virtual_size)?;
+        if let Some(data_file) = &layer.data_file {
+            writeln!(out, "  data in: {} (read-only)", data_file.path.display())?;
+        }
+    }
+    if let Some(notice) = chain.notice {
+        writeln!(out, "note: {notice}")?;
+    }
+    let read_only = chain.layers[0].image.rights == manager::opening::Rights::ReadOnly;
+    let snapshot = if read_only { ",snapshot=on" } else { "" };
+    writeln!(out, "daemon: process {daemon}, confined: it can open nothing any more")?;
+    writeln!(out, "ready: {uri}")?;
+    writeln!(out)?;
+    writeln!(out, "  nbdinfo '{uri}'")?;
+    writeln!(out, "  nbdcopy '{uri}' copy.raw")?;
+    writeln!(out, "  qemu-system-x86_64 -drive 'format=raw,if=virtio{snapshot},file={uri}'")?;
+    writeln!(out)?;
+    writeln!(out, "Ctrl-C ends it.")?;
+    out.flush()?;
+    Ok(())
+}

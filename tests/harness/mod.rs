@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What the tests of the real program share: starting it, asking foreign judges, making images.
+#![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::cast_possible_truncation, unreachable_pub)]
+
+use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use manager::daemon::Daemon;
+use manager::inspector::Program;
+use serde_json::{Value, json};
+
+pub const DOORLESS: &str = env!("CARGO_BIN_EXE_doorless");
+
+/// Whether every one of `tools` is there. If not, the test that asks must return: a named skip on a user's machine, a failure
+/// in CI.
+pub fn judges(test: &str, tools: &[&str]) -> bool {
+    let paths: Vec<PathBuf> = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
+    let missing: Vec<&&str> = tools.iter().filter(|tool| !paths.iter().any(|dir| dir.join(tool).is_file())).collect();
+    if missing.is_empty() {
+        return true;
+    }
+    assert!(std::env::var_os("CI").is_none(), "{test} needs {missing:?}, and CI must have them");
+    eprintln!("skipped: {test}: needs {missing:?} (make judges)");
+    false
+}
+
+/// Runs a command that must succeed; its standard output.
+pub fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).stdin(Stdio::null()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {}\n{text}{errors}", output.status);
+    text
+}
+
+/// Runs the program to its end: exit status, standard output, standard error.
+pub fn doorless(arguments: &[&str]) -> (ExitStatus, String, String) {
+    let output = Command::new(DOORLESS).args(arguments).stdin(Stdio::null()).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status, text(&output.stdout), text(&output.stderr))
+}
+
+pub fn program() -> Program {
+    Program { executable: DOORLESS.into(), confinement: vec!["--confine=require".into()] }
+}
+
+/// A directory that goes with the value, and paths in it.
+pub struct Scratch(tempfile::TempDir);
+
+impl Scratch {
+    pub fn new() -> Scratch {
+        Scratch(tempfile::tempdir().unwrap())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// The path as text, for argument lists.
+    pub fn name(&self, name: &str) -> String {
+        self.path(name).to_str().unwrap().to_owned()
+    }
+}
+
+/// `doorless serve`, ready.
+pub struct Serve {
+    child: Child,
+    pub uri: String,
+    /// Lines before the ready line.
+    pub said: Vec<String>,
+}
+
+impl Serve {
+    pub fn start(arguments: &[&str]) -> Serve {
+        let mut command = Command::new(DOORLESS);
+        let mut child = command.arg("serve").args(arguments).stdout(Stdio::piped()).spawn().unwrap();
+        let mut said = Vec::new();
+        for line in BufReader::new(child.stdout.take().unwrap()).lines() {
+            let line = line.unwrap();
+            if let Some(uri) = line.strip_prefix("ready: ") {
+                return Serve { child, uri: uri.to_owned(), said };
+            }
+            said.push(line);
+        }
+        panic!("doorless serve {arguments:?} ended before it was ready ({:?}): {said:?}", child.wait());
+    }
+
+    /// The confined daemon's process id.
+    pub fn daemon_pid(&self) -> u32 {
+        let line = self.said.iter().find_map(|line| line.strip_prefix("daemon: process ")).unwrap();
+        line.split(',').next().unwrap().parse().unwrap()
+    }
+
+    /// Ctrl-C, and the end.
+    pub fn interrupt(mut self) -> ExitStatus {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        self.child.wait().unwrap()
+    }
+}
+
+impl Drop for Serve {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A confined daemon with a monitor, and the commands that tests need most.
+pub struct TestDaemon {
+    pub daemon: Daemon,
+    scratch: Scratch,
+}
+
+impl TestDaemon {
+    pub fn start() -> TestDaemon {
+        TestDaemon { daemon: Daemon::start(&program()).unwrap(), scratch: Scratch::new() }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
+    /// A command that must succeed.
+    pub fn ok(&mut self, command: &str, arguments: Value) -> Value {
+        self.daemon.execute(command, arguments, &[]).unwrap()
+    }
+
+    /// A command that must succeed, with a descriptor.
+    pub fn ok_with(&mut self, command: &str, arguments: Value, fd: impl AsFd) -> Value {
+        self.daemon.execute(command, arguments, &[fd.as_fd()]).unwrap()
+    }
+
+    /// A command that must fail: the text of its error.
+    pub fn error(&mut self, command: &str, arguments: Value) -> String {
+        self.error_with(command, arguments, &[])
+    }
+
+    pub fn error_with(&mut self, command: &str, arguments: Value, fds: &[BorrowedFd<'_>]) -> String {
+        match self.daemon.execute(command, arguments, fds) {
+            Err(manager::Error::Daemon { source: qmp_error, .. }) => qmp_error.to_string(),
+            other => panic!("{command} should have failed: {other:?}"),
+        }
+    }
+
+    /// Passes `file` into a new set; its id.
+    pub fn add_fd(&mut self, file: impl AsFd) -> i64 {
+        self.ok_with("add-fd", json!({}), file)["fdset-id"].as_i64().unwrap()
+    }
+
+    /// A node over a file, with a format's driver on top unless it is `file`.
+    pub fn add_node(&mut self, name: &str, driver: &str, file: impl AsFd, read_only: bool) {
+        let set = self.add_fd(file);
+        let file = json!({ "driver": "file", "filename": format!("/dev/fdset/{set}"), "read-only": read_only });
+        let node =
+            json!({ "driver": driver, "node-name": name, "read-only": read_only, "discard": "unmap", "file": file });
+        self.ok("blockdev-add", node);
+    }
+
+    /// Serves NBD on a socket in the scratch directory.
+    pub fn start_nbd(&mut self) {
+        let listener = UnixListener::bind(self.socket()).unwrap();
+        self.ok_with("getfd", json!({ "fdname": "nbd" }), &listener);
+        self.ok("nbd-server-start", json!({ "addr": { "type": "fd", "data": { "str": "nbd" } } }));
+    }
+
+    pub fn export(&mut self, node: &str, writable: bool) {
+        self.ok("block-export-add", json!({ "type": "nbd", "id": node, "node-name": node, "writable": writable }));
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.scratch.path("nbd.sock")
+    }
+
+    pub fn uri(&self, node: &str) -> String {
+        manager::serve::uri(&self.socket(), node)
+    }
+
+    /// Numbers and targets of its open descriptors.
+    pub fn open_fds(&self) -> Vec<String> {
+        open_fds(self.pid())
+    }
+}
+
+/// What a process has open, as /proc tells it.
+pub fn open_fds(pid: u32) -> Vec<String> {
+    let mut fds: Vec<String> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let target = std::fs::read_link(entry.path()).ok()?;
+            Some(format!("{} -> {}", entry.file_name().display(), target.display()))
+        })
+        .collect();
+    fds.sort();
+    fds
+}
+
+/// Bytes that are different everywhere and compress a little.
+pub fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    (0..len)
+        .map(|at| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            if at / 512 % 3 == 0 { (at / 512) as u8 } else { (state >> 56) as u8 }
+        })
+        .collect()
+}
+
+pub fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
