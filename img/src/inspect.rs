@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The confined inspector: standard input is an image, standard output gets one JSON object about it.
+
+use std::io::{self, Write};
+
+use block::{Graph, NodeAccess, NodeSpec};
+use confine::{Plan, Role};
+use serde_json::{Map, Value, json};
+
+/// Why there is no answer. What is wrong with an image is an answer.
+#[derive(Debug, thiserror::Error)]
+pub enum InspectError {
+    /// Standard input is nothing to read from.
+    #[error("could not take standard input: {0}")]
+    Input(#[source] io::Error),
+    /// A layer of confinement is missing.
+    #[error(transparent)]
+    Confine(#[from] confine::Error),
+    /// Standard output is closed.
+    #[error("could not answer: {0}")]
+    Output(#[source] io::Error),
+}
+
+/// Takes standard input, confines the process, looks at the image, and answers. `format` keeps it from guessing.
+///
+/// # Errors
+/// Those of [`InspectError`].
+pub fn run(format: Option<&str>, best_effort: bool) -> Result<(), InspectError> {
+    let image = sys::fd::standard_input().map_err(InspectError::Input)?;
+    let plan = Plan::new(Role::Inspector);
+    confine::confine(&if best_effort { plan.best_effort() } else { plan })?;
+    let answer = inspect(image, format).unwrap_or_else(|e| json!({ "error": e.to_string() }));
+    io::stdout().write_all(format!("{answer}\n").as_bytes()).map_err(InspectError::Output)
+}
+
+fn inspect(image: std::os::fd::OwnedFd, format: Option<&str>) -> block::Result<Value> {
+    let mut graph = Graph::new();
+    let file = graph.add(NodeSpec {
+        name: None,
+        driver: "file",
+        access: NodeAccess::default(),
+        descriptor: Some(Box::new(image)),
+        filename: "the image".into(),
+        children: [].into(),
+        detached: [].into(),
+        options: [].into(),
+    })?;
+    let found = block::inspect(&file, format)?;
+    let mut answer = Map::from_iter([
+        ("format".to_owned(), json!(found.format)),
+        ("virtual-size".into(), json!(found.virtual_size)),
+    ]);
+    for (name, value) in
+        [("backing", found.backing_name), ("backing-format", found.backing_format), ("data-file", found.data_file_name)]
+    {
+        if let Some(value) = value {
+            answer.insert(name.into(), json!(value));
+        }
+    }
+    Ok(Value::Object(answer))
+}
