@@ -213,7 +213,7 @@ impl fmt::Display for SetsSeen {
     }
 }
 
-/// What a set held at the time of an error, the newest descriptors named and the rest counted.
+/// What a set held at the time of an error, the oldest descriptors named and the rest counted.
 #[derive(Clone, Debug)]
 pub struct Held {
     shown: Vec<(i32, Rights)>,
@@ -222,8 +222,7 @@ pub struct Held {
 }
 
 impl Held {
-    pub(crate) fn new(fds: impl ExactSizeIterator<Item = (i32, Rights)>, dups: usize) -> Held {
-        let total = fds.len();
+    pub(crate) fn new(fds: impl Iterator<Item = (i32, Rights)>, total: usize, dups: usize) -> Held {
         Held { shown: fds.take(SHOWN).collect(), total, dups }
     }
 }

@@ -184,10 +184,12 @@ impl Identity {
     /// Whether the permission bits let a process of `uid` and `gid`, without capabilities, open the file for writing:
     /// such a process can turn a read-only descriptor into a writable one through `/proc/self/fd`.
     pub fn writable_by(&self, uid: u32, gid: u32) -> bool {
-        let class = match () {
-            () if self.uid == uid => 0o200,
-            () if self.gid == gid => 0o020,
-            () => 0o002,
+        let class = if self.uid == uid {
+            0o200
+        } else if self.gid == gid {
+            0o020
+        } else {
+            0o002
         };
         self.permissions & class != 0
     }

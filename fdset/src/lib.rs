@@ -52,7 +52,7 @@
 //! unlinked files in memory; `close`; `futex`. Descriptors are taken to be close-on-exec already (`MSG_CMSG_CLOEXEC`).
 //!
 //! # Layout
-//! - [`FdSets`] in `sets`: the operations; `state`, `ids`: the tables under them.
+//! - [`FdSets`] in `sets`: the operations; `state`, `table`, `ids`: what is under them.
 //! - [`Access`], [`Rights`]: what is asked for, what a descriptor has. [`Dup`]: what an open gives.
 //! - `/dev/fdset/N`: [`path`].
 //! - [`Identity`], [`Provenance`]: what a descriptor is, where it came from. [`SetInfo`], [`FdInfo`]: listings.
@@ -71,6 +71,7 @@ mod policy;
 mod quota;
 mod sets;
 mod state;
+mod table;
 
 pub use access::{Access, Mode, Rights};
 pub use dup::Dup;

@@ -9,7 +9,8 @@ use rustix::io::fcntl_dupfd_cloexec;
 
 use crate::dup::Ticket;
 use crate::policy::refusal;
-use crate::state::{About, State};
+use crate::state::State;
+use crate::table::About;
 use crate::{
     Access, Dup, Error, FdPolicy, Identity, InUse, Keeper, Lifetime, Peer, Provenance, Quotas, Refused, Rights,
     SetInfo, path,
@@ -146,8 +147,8 @@ impl FdSets {
             return Err(refused(rustix::io::Errno::INVAL.into()));
         }
         let fd = fcntl_dupfd_cloexec(found.fd, 0).map_err(|errno| refused(errno.into()))?;
-        let (opened_from, descriptor) = (found.number, found.serial);
-        let serial = state.track(id, descriptor, fd.as_raw_fd(), opened_from);
+        let opened_from = found.number;
+        let serial = state.track(id, fd.as_raw_fd(), opened_from);
         let ticket = Ticket { sets: Arc::downgrade(&self.shared), set: id, serial };
         Ok(Dup::new(fd, ticket, opened_from))
     }

@@ -1,30 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The tables under [`FdSets`](crate::FdSets). Every look-up is by key, so ten thousand sets cost what ten do; what a
-//! search touches lies apart from what only listings need, so that it stays in the cache.
+//! What is under [`FdSets`](crate::FdSets): sets by id, descriptors by number. Nothing is searched but a set's own
+//! descriptors.
 //!
-//! Nothing is closed here: what leaves the tables is returned, and the caller closes it without the lock. A number is
-//! struck from the index before its descriptor can be closed, so it never names another thread's new file.
+//! Nothing is closed here: what leaves is returned, and the caller closes it without the lock. A number is struck from the
+//! table before its descriptor can be closed, so it never names another thread's new file.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use crate::error::{Held, SetsSeen};
 use crate::ids::FreeIds;
 use crate::lifetime::Keepers;
-use crate::{
-    Access, Added, DupInfo, Error, FdInfo, Identity, InUse, Limit, Peer, Provenance, Quotas, Rights, SetInfo, Settings,
-};
+use crate::table::{About, Chain, Descriptor, Table};
+use crate::{Access, Added, DupInfo, Error, FdInfo, InUse, Limit, Peer, Quotas, Rights, SetInfo, Settings};
 
 #[derive(Debug)]
 pub(crate) struct State {
     sets: HashMap<i64, Set>,
-    /// By serial: new entries go to the end.
-    abouts: BTreeMap<u64, About>,
     /// Also knows the order of the sets.
     free: FreeIds,
-    /// Set and serial of each descriptor, by number.
-    by_number: HashMap<i32, (i64, u64)>,
+    table: Table,
     /// How many descriptors each user has passed.
     by_user: HashMap<u32, usize>,
     /// Grows with every descriptor and dup: the order of age.
@@ -33,43 +29,24 @@ pub(crate) struct State {
     in_use: InUse,
 }
 
-/// Both by serial, the oldest first.
 #[derive(Debug, Default)]
 struct Set {
-    fds: VecDeque<Descriptor>,
+    fds: Chain,
+    /// By serial, the oldest first.
     dups: BTreeMap<u64, DupEntry>,
-}
-
-/// What a search looks at.
-#[derive(Debug)]
-struct Descriptor {
-    serial: u64,
-    fd: OwnedFd,
-    /// Of the time of adding. Only the mode is certain to stay.
-    rights: Rights,
-    dups: usize,
-}
-
-/// What else is known of a descriptor.
-#[derive(Debug)]
-pub(crate) struct About {
-    pub(crate) identity: Option<Identity>,
-    pub(crate) opaque: Option<String>,
-    pub(crate) provenance: Provenance,
 }
 
 #[derive(Debug)]
 struct DupEntry {
     info: DupInfo,
-    /// The serial of the descriptor that it was made from.
-    descriptor: u64,
+    /// The serial of the descriptor that it was made from: the number may be another's by now.
+    origin: u64,
 }
 
 /// A descriptor that fits.
 pub(crate) struct Found<'a> {
     pub(crate) fd: BorrowedFd<'a>,
     pub(crate) number: i32,
-    pub(crate) serial: u64,
     pub(crate) rights: Rights,
 }
 
@@ -77,9 +54,8 @@ impl State {
     pub(crate) fn new(settings: &Settings) -> State {
         State {
             sets: HashMap::new(),
-            abouts: BTreeMap::new(),
             free: FreeIds::all(),
-            by_number: HashMap::new(),
+            table: Table::default(),
             by_user: HashMap::new(),
             next_serial: 0,
             keepers: Keepers::new(settings.lifetime),
@@ -113,68 +89,58 @@ impl State {
             *self.by_user.entry(peer.uid).or_default() += 1;
         }
         let serial = self.serial();
-        let number = fd.as_raw_fd();
-        self.by_number.insert(number, (id, serial));
-        self.abouts.insert(serial, about);
+        let descriptor = Descriptor::new(fd, rights, id, serial);
+        let added = Added { set_id: id, fd: descriptor.number() };
         let set = self.sets.entry(id).or_insert_with(|| {
             self.free.take(id);
             Set::default()
         });
-        set.fds.push_back(Descriptor { serial, fd, rights, dups: 0 });
-        Added { set_id: id, fd: number }
+        self.table.push(&mut set.fds, descriptor, about);
+        added
     }
 
     /// Takes out descriptor number `fd`, or all of the set; for `by`, only what that user passed.
     pub(crate) fn remove(&mut self, id: i64, fd: Option<i64>, by: Option<Peer>) -> Result<Vec<OwnedFd>, Error> {
         let set = self.sets.get(&id);
-        let serials: Vec<u64> = match (set, fd) {
+        let numbers: Vec<i32> = match (set, fd) {
             (None, None) => return Err(Error::SetNotFound { id, sets: self.seen() }),
-            (Some(set), None) => set.serials(),
-            (set, Some(fd)) => {
-                let place = i32::try_from(fd).ok().and_then(|number| self.by_number.get(&number));
-                match place {
-                    Some(&(owner, serial)) if owner == id => vec![serial],
-                    _ => return Err(Error::FdNotFound { id, fd, held: set.map(Set::held) }),
-                }
-            }
+            (Some(set), None) => self.numbers(set),
+            (set, Some(fd)) => match i32::try_from(fd).ok().and_then(|number| self.table.at(number)) {
+                Some(descriptor) if descriptor.set == id => vec![descriptor.number()],
+                _ => return Err(Error::FdNotFound { id, fd, held: set.map(|set| self.held(set)) }),
+            },
         };
-        if let (Some(peer), Some(set)) = (by, set) {
-            let owner =
-                |descriptor: &Descriptor| self.abouts.get(&descriptor.serial).and_then(|about| about.provenance.peer);
-            let concerned = set.fds.iter().filter(|descriptor| serials.binary_search(&descriptor.serial).is_ok());
-            for descriptor in concerned {
-                let owner = owner(descriptor);
+        if let Some(peer) = by {
+            for &fd in &numbers {
+                let owner = self.table.about(fd).and_then(|about| about.provenance.peer);
                 if owner.map(|owner| owner.uid) != Some(peer.uid) {
-                    return Err(Error::NotYours { id, fd: descriptor.fd.as_raw_fd(), owner, peer });
+                    return Err(Error::NotYours { id, fd, owner, peer });
                 }
             }
         }
-        Ok(self.take_out(id, &serials))
+        Ok(self.take_out(id, &numbers))
     }
 
     /// The newest descriptor of a set that `access` matches.
     pub(crate) fn find(&self, id: i64, access: Access) -> Result<Found<'_>, Error> {
         let set = self.sets.get(&id).ok_or_else(|| Error::NoSuchSet { id, sets: self.seen() })?;
         // The mode is fixed for good, so the kernel is asked for the flags of fitting descriptors only.
-        let fitting = set.fds.iter().rev().filter(|descriptor| descriptor.rights.mode() == access.mode());
+        let fitting = self.table.newest_first(&set.fds).filter(|descriptor| descriptor.rights.mode() == access.mode());
         for descriptor in fitting {
             let rights = descriptor.rights_now();
             if access.matches(rights) {
-                let number = descriptor.fd.as_raw_fd();
-                return Ok(Found { fd: descriptor.fd.as_fd(), number, serial: descriptor.serial, rights });
+                return Ok(Found { fd: descriptor.fd.as_fd(), number: descriptor.number(), rights });
             }
         }
-        Err(Error::NoMatch { id, access, held: set.held() })
+        Err(Error::NoMatch { id, access, held: self.held(set) })
     }
 
-    /// Enters a dup, which came from `descriptor` of set `id`, and gives it a serial.
-    pub(crate) fn track(&mut self, id: i64, descriptor: u64, number: i32, opened_from: i32) -> u64 {
+    /// Enters a dup, which came from descriptor number `opened_from` of set `id`, and gives it a serial.
+    pub(crate) fn track(&mut self, id: i64, number: i32, opened_from: i32) -> u64 {
         let serial = self.serial();
-        if let Some(set) = self.sets.get_mut(&id) {
-            set.dups.insert(serial, DupEntry { info: DupInfo { number, opened_from }, descriptor });
-            if let Some(descriptor) = set.descriptor(descriptor) {
-                descriptor.dups += 1;
-            }
+        if let (Some(set), Some(origin)) = (self.sets.get_mut(&id), self.table.at_mut(opened_from)) {
+            origin.dups += 1;
+            set.dups.insert(serial, DupEntry { info: DupInfo { number, opened_from }, origin: origin.serial });
         }
         serial
     }
@@ -184,8 +150,9 @@ impl State {
     pub(crate) fn untrack(&mut self, id: i64, serial: u64) -> Vec<OwnedFd> {
         let Some(set) = self.sets.get_mut(&id) else { return Vec::new() };
         let Some(dup) = set.dups.remove(&serial) else { return Vec::new() };
-        if let Some(descriptor) = set.descriptor(dup.descriptor) {
-            descriptor.dups -= 1;
+        let origin = self.table.at_mut(dup.info.opened_from).filter(|origin| origin.serial == dup.origin);
+        if let Some(origin) = origin {
+            origin.dups -= 1;
         }
         if !set.dups.is_empty() {
             return Vec::new();
@@ -214,8 +181,8 @@ impl State {
 
     /// Takes out everything; dups stay entered.
     pub(crate) fn clear(&mut self) -> Vec<OwnedFd> {
-        let all: Vec<(i64, Vec<u64>)> = self.sets.iter().map(|(&id, set)| (id, set.serials())).collect();
-        all.into_iter().flat_map(|(id, serials)| self.take_out(id, &serials)).collect()
+        let all: Vec<(i64, Vec<i32>)> = self.sets.iter().map(|(&id, set)| (id, self.numbers(set))).collect();
+        all.into_iter().flat_map(|(id, numbers)| self.take_out(id, &numbers)).collect()
     }
 
     pub(crate) fn list(&self) -> Vec<SetInfo> {
@@ -227,9 +194,9 @@ impl State {
     pub(crate) fn info(&self, id: i64) -> Option<SetInfo> {
         let set = self.sets.get(&id)?;
         let info = |descriptor: &Descriptor| {
-            let about = self.abouts.get(&descriptor.serial)?;
+            let about = self.table.about(descriptor.number())?;
             Some(FdInfo {
-                number: descriptor.fd.as_raw_fd(),
+                number: descriptor.number(),
                 opaque: about.opaque.clone(),
                 rights: descriptor.rights,
                 identity: about.identity,
@@ -239,45 +206,36 @@ impl State {
         };
         Some(SetInfo {
             id,
-            fds: set.fds.iter().filter_map(info).collect(),
+            fds: self.table.oldest_first(&set.fds).filter_map(info).collect(),
             dups: set.dups.values().map(|dup| dup.info).collect(),
         })
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.by_number.len()
+        self.table.len()
     }
 
     pub(crate) fn refresh(&mut self) {
-        for descriptor in self.sets.values_mut().flat_map(|set| &mut set.fds) {
-            descriptor.rights = descriptor.rights_now();
-            if let (Ok(identity), Some(about)) = (Identity::of(&descriptor.fd), self.abouts.get_mut(&descriptor.serial))
-            {
-                about.identity = Some(identity);
-            }
-        }
+        self.table.refresh();
     }
 
     /// The one place where descriptors leave and emptied sets go.
-    fn take_out(&mut self, id: i64, serials: &[u64]) -> Vec<OwnedFd> {
+    fn take_out(&mut self, id: i64, numbers: &[i32]) -> Vec<OwnedFd> {
         let Some(set) = self.sets.get_mut(&id) else { return Vec::new() };
-        let mut out = Vec::with_capacity(serials.len());
-        for serial in serials {
-            let Ok(place) = set.fds.binary_search_by_key(serial, |descriptor| descriptor.serial) else { continue };
-            let Some(descriptor) = set.fds.remove(place) else { continue };
-            self.by_number.remove(&descriptor.fd.as_raw_fd());
-            let about = self.abouts.remove(serial);
-            if let Some(uid) = about.and_then(|about| about.provenance.peer).map(|peer| peer.uid)
-                && let Some(passed) = self.by_user.get_mut(&uid)
+        let mut out = Vec::with_capacity(numbers.len());
+        for &number in numbers {
+            let Some((descriptor, about)) = self.table.take(&mut set.fds, number) else { continue };
+            if let Some(peer) = about.provenance.peer
+                && let Some(passed) = self.by_user.get_mut(&peer.uid)
             {
                 *passed -= 1;
                 if *passed == 0 {
-                    self.by_user.remove(&uid);
+                    self.by_user.remove(&peer.uid);
                 }
             }
             out.push(descriptor.fd);
         }
-        if set.fds.is_empty() && set.dups.is_empty() {
+        if set.fds.len() == 0 && set.dups.is_empty() {
             self.sets.remove(&id);
             self.free.give(id);
         }
@@ -289,38 +247,24 @@ impl State {
         self.next_serial
     }
 
-    /// Serials of the set's descriptors whose keeper has lapsed.
-    fn lapsed(&self, id: i64) -> Vec<u64> {
-        let mut serials = self.sets.get(&id).map_or_else(Vec::new, Set::serials);
+    fn numbers(&self, set: &Set) -> Vec<i32> {
+        self.table.oldest_first(&set.fds).map(Descriptor::number).collect()
+    }
+
+    /// Numbers of the set's descriptors whose keeper has lapsed.
+    fn lapsed(&self, id: i64) -> Vec<i32> {
+        let mut numbers = self.sets.get(&id).map_or_else(Vec::new, |set| self.numbers(set));
         let lapsed = |about: &About| self.keepers.lapsed(about.provenance.keeper);
-        serials.retain(|serial| self.abouts.get(serial).is_some_and(lapsed));
-        serials
+        numbers.retain(|&number| self.table.about(number).is_some_and(lapsed));
+        numbers
+    }
+
+    fn held(&self, set: &Set) -> Held {
+        let fds = self.table.oldest_first(&set.fds).map(|descriptor| (descriptor.number(), descriptor.rights_now()));
+        Held::new(fds, set.fds.len(), set.dups.len())
     }
 
     fn seen(&self) -> SetsSeen {
         SetsSeen::new(self.free.taken(), self.sets.len())
-    }
-}
-
-impl Set {
-    fn held(&self) -> Held {
-        let fds = self.fds.iter().map(|descriptor| (descriptor.fd.as_raw_fd(), descriptor.rights_now()));
-        Held::new(fds, self.dups.len())
-    }
-
-    fn serials(&self) -> Vec<u64> {
-        self.fds.iter().map(|descriptor| descriptor.serial).collect()
-    }
-
-    fn descriptor(&mut self, serial: u64) -> Option<&mut Descriptor> {
-        let place = self.fds.binary_search_by_key(&serial, |descriptor| descriptor.serial).ok()?;
-        self.fds.get_mut(place)
-    }
-}
-
-impl Descriptor {
-    /// The flags of this moment: `O_DIRECT` may have been set or cleared by whoever shares the description.
-    fn rights_now(&self) -> Rights {
-        Rights::of(&self.fd).unwrap_or(self.rights)
     }
 }

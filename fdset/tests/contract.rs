@@ -130,6 +130,24 @@ fn last_dup_frees_the_set_from_any_thread() {
 }
 
 #[test]
+fn opens_and_removals_on_many_threads_leave_nothing_behind() {
+    let (image, sets) = (Image::new(), FdSets::new());
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..500 {
+                    let added = sets.add(image.read_only(), None, None).unwrap();
+                    let dup = sets.open(added.set_id, Access::READ_ONLY).unwrap();
+                    assert_eq!(dup.opened_from(), added.fd, "no other thread's descriptor is in this set");
+                    sets.remove(added.set_id, Some(added.fd.into())).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!((sets.len(), sets.list().len()), (0, 0));
+}
+
+#[test]
 fn dup_outlives_the_sets() {
     let (image, sets) = (Image::new(), FdSets::new());
     sets.add(image.read_only(), None, None).unwrap();
