@@ -110,20 +110,29 @@ impl<'a> Checker<'a> {
 
     /// A scalar of a command line: converts the text in place.
     fn text(&self, at: Path<'_>, ty: Type, value: &mut Value) -> Result<(), Error> {
-        let Value::String(text) = &*value else {
-            return Err(self.wrong(at, "string"));
-        };
+        let text = self.written(at, value)?;
         let converted = match ty {
             Type::Str => return Ok(()),
             Type::Bool => keyval::boolean(text).map(Value::Bool),
             Type::Size => keyval::size(text).map(Value::from),
-            Type::Uint64 => keyval::unsigned(text).map(Value::from),
+            Type::Uint8 | Type::Uint16 | Type::Uint32 | Type::Uint64 => keyval::unsigned(text).map(Value::from),
             Type::Number => keyval::number(text).map(Value::from),
             Type::Null => text.is_empty().then_some(Value::Null),
             _ => keyval::signed(text).map(Value::from),
         };
         *value = converted.ok_or_else(|| Error::invalid_value(&at.full(true), expectation(ty)))?;
         self.scalar(at, ty, value)
+    }
+
+    /// The text of a string, or of any scalar of a command line.
+    fn written<'v>(&self, at: Path<'_>, value: &'v Value) -> Result<&'v str, Error> {
+        match value {
+            Value::String(text) => Ok(text),
+            Value::Array(_) | Value::Object(_) if self.keyval => {
+                Err(Error::generic(format!("Parameters '{}.*' are unexpected", at.full(true))))
+            }
+            _ => Err(self.wrong(at, "string")),
+        }
     }
 
     fn list(&self, at: Path<'_>, element: Type, value: &mut Value) -> Result<(), Error> {
@@ -147,8 +156,8 @@ impl<'a> Checker<'a> {
     }
 
     fn word(&self, at: Path<'_>, words: &[&'static str], value: &Value) -> Result<(), Error> {
-        let Value::String(word) = value else { return Err(self.wrong(at, "string")) };
-        if words.contains(&word.as_str()) { Ok(()) } else { Err(Error::not_accepted(&at.last(), word)) }
+        let word = self.written(at, value)?;
+        if words.contains(&word) { Ok(()) } else { Err(Error::not_accepted(&at.last(), word)) }
     }
 
     fn alternate(&self, at: Path<'_>, name: &str, types: &[Type], value: &mut Value) -> Result<(), Error> {
@@ -242,9 +251,9 @@ fn within<T>(at: Path<'_>, number: Option<T>, name: &str) -> Result<(), Error> {
 fn expectation(ty: Type) -> &'static str {
     match ty {
         Type::Bool => "'on' or 'off'",
-        Type::Size => "a size",
-        Type::Number => "a number",
+        Type::Size => "size",
+        Type::Number => "number",
         Type::Null => "null",
-        _ => "an integer",
+        _ => "integer",
     }
 }

@@ -2,11 +2,12 @@
 //! The server's end of one client's socket: bytes and descriptors come in together and stay together.
 //!
 //! A descriptor rides on the first byte of the `sendmsg` that carried it. The kernel glues bytes sent before it to the
-//! same `recvmsg`, so a plain block-wise read cannot tell which of several commands in the block it came with. What the
-//! kernel does tell is whether descriptors lie in a *peeked* range: with `MSG_PEEK` and no room for control data it sets
-//! `MSG_CTRUNC` and installs nothing. So the connection peeks first, finds the carrying byte by bisection in the rare
-//! case that it is not the next one, reads up to before it, and only then reads on with room for descriptors: the
-//! kernel ends that read with the segment, and so a block has descriptors on its first byte or none.
+//! same `recvmsg`, so a plain block-wise read cannot tell which of several commands in the block it came with. So a block
+//! is first *peeked* at. With no room for control data the kernel then says by `MSG_CTRUNC` that descriptors are ahead,
+//! and installs none; it does not say at which byte. If there are none, the block is read at once. Else it is parsed
+//! while it still lies in the socket, and each message's bytes are read when its end is known, with room for
+//! descriptors: those that come belong to that message and to no other. A peek ends with the segment that carries
+//! descriptors, so one block has one receipt at most.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -58,8 +59,12 @@ pub struct Connection {
     block: Vec<u8>,
     /// Bytes of `block` the parser has seen.
     parsed: usize,
+    /// Bytes of `block` that have left the socket; the others were only peeked at, and may carry descriptors.
+    taken: usize,
     /// Came on the bytes of the message that is being assembled, or on blanks before it.
     carried: Option<Receipt>,
+    /// Why no more can be read.
+    broken: Option<Errno>,
     unsent: Vec<u8>,
     dropped_events: u64,
 }
@@ -68,7 +73,7 @@ impl Connection {
     /// A connection over a connected stream: a unix socket for descriptors, or anything that can be read and written.
     ///
     /// # Errors
-    /// The socket refuses to be configured.
+    /// The descriptor's kind cannot be told.
     pub fn new(fd: OwnedFd) -> io::Result<Connection> {
         let transport = match sockopt::socket_domain(&fd) {
             Ok(AddressFamily::UNIX) => Transport::Unix,
@@ -76,17 +81,15 @@ impl Connection {
             Err(Errno::NOTSOCK) => Transport::File,
             Err(e) => return Err(e.into()),
         };
-        if transport == Transport::Unix {
-            // Credentials would set MSG_CTRUNC on every peek.
-            sockopt::set_socket_passcred(&fd, false)?;
-        }
         Ok(Connection {
             fd,
             transport,
             parser: Parser::new(),
             block: Vec::new(),
             parsed: 0,
+            taken: 0,
             carried: None,
+            broken: None,
             unsent: Vec::new(),
             dropped_events: 0,
         })
@@ -97,23 +100,30 @@ impl Connection {
     /// # Errors
     /// The errno of the read; the connection is of no further use.
     pub fn receive(&mut self) -> io::Result<Received> {
+        if let Some(e) = self.broken {
+            return Err(e.into());
+        }
         if self.parsed < self.block.len() || self.unsent.len() > MAX_UNSENT {
             return Ok(Received::Nothing);
         }
-        self.block.clear();
-        self.parsed = 0;
         self.block.resize(BLOCK, 0);
+        self.parsed = 0;
+        let fd = self.fd.as_fd();
         let read = match self.transport {
-            Transport::Unix => self.read_unix(),
-            Transport::Socket => read_socket(self.fd.as_fd(), &mut self.block, RecvFlags::empty()),
-            Transport::File => read_file(self.fd.as_fd(), &mut self.block),
+            Transport::Unix => peek(fd, &mut self.block),
+            Transport::Socket => read_socket(fd, &mut self.block).map(|n| (n, false)),
+            Transport::File => read_file(fd, &mut self.block).map(|n| (n, false)),
         };
-        self.block.truncate(*read.as_ref().unwrap_or(&0));
+        let (len, carries_fds) = *read.as_ref().unwrap_or(&(0, false));
+        self.block.truncate(len);
+        self.taken = if self.transport == Transport::Unix { 0 } else { len };
+        if !carries_fds {
+            self.take(len);
+        }
         match read {
-            Ok(0) => Ok(Received::End),
+            Ok((0, _)) | Err(Errno::CONNRESET | Errno::PIPE) => Ok(Received::End),
             Ok(_) => Ok(Received::Some),
             Err(Errno::AGAIN) => Ok(Received::Nothing),
-            Err(Errno::CONNRESET | Errno::PIPE) => Ok(Received::End),
             Err(e) => Err(e.into()),
         }
     }
@@ -122,7 +132,27 @@ impl Connection {
     pub fn next_message(&mut self) -> Option<Message> {
         let (used, content) = self.parser.feed(&self.block[self.parsed..]);
         self.parsed += used;
+        self.take(self.parsed);
+        if self.broken.is_some() {
+            return None;
+        }
         Some(Message { content: content?, receipt: self.carried.take() })
+    }
+
+    /// Moves the first `end` bytes of the block, already known, out of the socket, and what they carry into `carried`.
+    fn take(&mut self, end: usize) {
+        while self.taken < end && self.broken.is_none() {
+            match receive_with_fds(self.fd.as_fd(), &mut self.block[self.taken..end]) {
+                Ok((0, _)) => self.broken = Some(Errno::CONNRESET),
+                Ok((n, receipt)) => {
+                    self.taken += n;
+                    if receipt.is_some() {
+                        self.carried = receipt;
+                    }
+                }
+                Err(e) => self.broken = Some(e),
+            }
+        }
     }
 
     /// Appends an answer to what [`flush`](Connection::flush) sends.
@@ -182,32 +212,6 @@ impl Connection {
     pub fn has_unparsed(&self) -> bool {
         self.parsed < self.block.len()
     }
-
-    fn read_unix(&mut self) -> Result<usize, Errno> {
-        let fd = self.fd.as_fd();
-        let (first, on_first) = peek(fd, &mut self.block[..1])?;
-        if first == 0 {
-            return Ok(0);
-        }
-        if on_first {
-            let (n, receipt) = receive_with_fds(fd, &mut self.block)?;
-            if receipt.is_some() {
-                self.carried = receipt;
-            }
-            return Ok(n);
-        }
-        let (mut clean, carried) = peek(fd, &mut self.block)?;
-        if carried {
-            // `clean` bytes carry none, `dirty` bytes do.
-            let mut dirty = clean;
-            clean = 1;
-            while dirty - clean > 1 {
-                let middle = clean + (dirty - clean) / 2;
-                if peek(fd, &mut self.block[..middle])?.1 { dirty = middle } else { clean = middle }
-            }
-        }
-        read_socket(fd, &mut self.block[..clean], RecvFlags::empty())
-    }
 }
 
 impl AsFd for Connection {
@@ -216,7 +220,7 @@ impl AsFd for Connection {
     }
 }
 
-/// How many bytes a read would give, and whether descriptors are among them. Installs none.
+/// Copies what is ahead, up to the end of a segment with descriptors, and tells whether there may be any. Installs none.
 fn peek(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<(usize, bool), Errno> {
     loop {
         let mut control = RecvAncillaryBuffer::default();
@@ -230,7 +234,7 @@ fn peek(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<(usize, bool), Errno> {
 }
 
 fn receive_with_fds(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<(usize, Option<Receipt>), Errno> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let message = loop {
         match recvmsg(fd, &mut [IoSliceMut::new(buf)], &mut control, RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT) {
@@ -259,9 +263,9 @@ fn receive_with_fds(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<(usize, Option
     Ok((message.bytes, receipt))
 }
 
-fn read_socket(fd: BorrowedFd<'_>, buf: &mut [u8], flags: RecvFlags) -> Result<usize, Errno> {
+fn read_socket(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
     loop {
-        match rustix::net::recv(fd, &mut *buf, flags | RecvFlags::DONTWAIT) {
+        match rustix::net::recv(fd, &mut *buf, RecvFlags::DONTWAIT) {
             Ok((n, _)) => return Ok(n),
             Err(Errno::INTR) => {}
             Err(e) => return Err(e),

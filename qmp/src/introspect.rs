@@ -202,6 +202,9 @@ impl<'a> Schema<'a> {
             if member.optional {
                 info.insert("default".to_owned(), Value::Null);
             }
+            if !member.features.is_empty() {
+                info.insert("features".to_owned(), json!(member.features));
+            }
             Value::Object(info)
         });
         described.collect()
@@ -263,7 +266,7 @@ pub(crate) fn definitions() -> Vec<Definition> {
             "SchemaInfoEnum",
             vec![
                 Member::required("members", Type::Array(&Type::Named("SchemaInfoEnumMember")), "Its words."),
-                Member::required("values", STRINGS, "Its words, in the old form."),
+                Member::required("values", STRINGS, "Its words, in the old form.").features(&["deprecated"]),
             ],
             "One word of several.",
         ),

@@ -56,17 +56,26 @@ pub struct Member {
     pub optional: bool,
     /// One sentence for the reference.
     pub doc: &'static str,
+    /// What clients look for in introspection (`deprecated`).
+    pub features: &'static [&'static str],
 }
 
 impl Member {
     /// A member that must be there.
     pub const fn required(name: &'static str, ty: Type, doc: &'static str) -> Member {
-        Member { name, ty, optional: false, doc }
+        Member { name, ty, optional: false, doc, features: &[] }
     }
 
     /// A member that may be absent.
     pub const fn optional(name: &'static str, ty: Type, doc: &'static str) -> Member {
-        Member { name, ty, optional: true, doc }
+        Member { name, ty, optional: true, doc, features: &[] }
+    }
+
+    /// The same member with features that introspection shows.
+    #[must_use]
+    pub const fn features(mut self, names: &'static [&'static str]) -> Member {
+        self.features = names;
+        self
     }
 }
 
