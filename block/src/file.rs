@@ -19,6 +19,7 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
     children: &[],
     options: &[],
     takes_descriptor: true,
+    probe: |_| false,
     open,
 };
 

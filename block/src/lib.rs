@@ -12,6 +12,7 @@ mod driver;
 mod error;
 mod file;
 mod graph;
+mod inspect;
 mod node;
 mod qcow2;
 mod raw;
@@ -22,5 +23,6 @@ pub use driver::{
 };
 pub use error::{Error, ErrorKind, Result};
 pub use graph::{Claim, Edge, Graph, NodeSpec, Use, id_is_well_formed};
+pub use inspect::{Inspection, inspect};
 pub use node::{BlockNode, Extent, ExtentKind, NodeAccess};
 pub use sys::file::Wait;

@@ -19,6 +19,7 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
         OptionSpec { name: "size", kind: OptionKind::Size, summary: "bytes in the window, a multiple of 512" },
     ],
     takes_descriptor: false,
+    probe: |_| false,
     open,
 };
 

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What an image is, before anything is opened for it: for the confined inspector, and for nobody else.
+
+use crate::qcow2::header::Header;
+use crate::{BlockNode, DRIVERS, Error, Result, Wait, driver_named};
+
+/// What an image says about itself. Names are untrusted text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inspection {
+    /// The driver that reads it.
+    pub format: &'static str,
+    /// Bytes that a guest sees.
+    pub virtual_size: u64,
+    /// The backing file's name.
+    pub backing_name: Option<String>,
+    /// The backing file's format.
+    pub backing_format: Option<String>,
+    /// The external data file's name.
+    pub data_file_name: Option<String>,
+}
+
+/// Looks at the image in `file`. `format` keeps it from guessing; a guest that can write the first sector of a raw disk could
+/// make it look like anything.
+///
+/// # Errors
+/// `Unsupported` for a format that does not exist here, and whatever is wrong with the header.
+pub fn inspect(file: &BlockNode, format: Option<&str>) -> Result<Inspection> {
+    let entry = match format {
+        Some(name) => driver_named(name).filter(|entry| !entry.takes_descriptor),
+        None => {
+            let mut start = [0; 512];
+            file.read_or_zero(&mut start, 0, Wait::Allowed).map_err(|e| Error::io("read the first sector", e))?;
+            DRIVERS.iter().find(|entry| (entry.probe)(&start)).or_else(|| driver_named("raw"))
+        }
+    };
+    let format = match entry {
+        Some(entry) => entry.name,
+        None => {
+            let known: Vec<&str> =
+                DRIVERS.iter().filter(|entry| !entry.takes_descriptor).map(|entry| entry.name).collect();
+            let asked = format.unwrap_or_default().escape_debug();
+            return Err(Error::unsupported(format!("unknown format '{asked}'; there are {}", known.join(", "))));
+        }
+    };
+    let raw =
+        Inspection { format, virtual_size: file.len(), backing_name: None, backing_format: None, data_file_name: None };
+    if format != "qcow2" {
+        return Ok(raw);
+    }
+    let header = Header::read(file)?;
+    Ok(Inspection {
+        virtual_size: header.size,
+        backing_name: header.backing_name,
+        backing_format: header.backing_format,
+        data_file_name: header.data_file_name.filter(|_| header.external_data),
+        ..raw
+    })
+}
