@@ -155,7 +155,7 @@ impl<'a> Schema<'a> {
                 self.push(json!({ "name": name, "meta-type": "array", "element-type": element }), &[]);
             }
             Used::Members(members) => {
-                let members = self.members(members);
+                let members = self.members(members, &[]);
                 self.push(json!({ "name": name, "meta-type": "object", "members": members }), &[]);
             }
             Used::Definition(definition) => {
@@ -167,18 +167,21 @@ impl<'a> Schema<'a> {
     }
 
     fn definition(&mut self, name: &str, definition: &'a Definition) {
+        let features = &definition.member_features;
         let info = match &definition.kind {
             Kind::Enum(words) => {
                 let members: Vec<_> = words.iter().map(|word| json!({ "name": word })).collect();
                 json!({ "name": name, "meta-type": "enum", "members": members, "values": words })
             }
-            Kind::Struct(members) => json!({ "name": name, "meta-type": "object", "members": self.members(members) }),
+            Kind::Struct(members) => {
+                json!({ "name": name, "meta-type": "object", "members": self.members(members, features) })
+            }
             Kind::Alternate(types) => {
                 let members: Vec<_> = types.iter().map(|&ty| json!({ "type": self.type_name(ty) })).collect();
                 json!({ "name": name, "meta-type": "alternate", "members": members })
             }
             Kind::Union { base, tag, variants } => {
-                let members = self.members(base);
+                let members = self.members(base, features);
                 let cases: Vec<_> = self
                     .words(base, tag)
                     .iter()
@@ -194,7 +197,7 @@ impl<'a> Schema<'a> {
         self.push(info, &definition.features);
     }
 
-    fn members(&mut self, members: &[Member]) -> Value {
+    fn members(&mut self, members: &[Member], features: &[(&str, &str)]) -> Value {
         let described = members.iter().map(|member| {
             let mut info = Map::new();
             info.insert("name".to_owned(), json!(member.name));
@@ -202,8 +205,10 @@ impl<'a> Schema<'a> {
             if member.optional {
                 info.insert("default".to_owned(), Value::Null);
             }
-            if !member.features.is_empty() {
-                info.insert("features".to_owned(), json!(member.features));
+            let of_member = features.iter().filter(|(name, _)| *name == member.name);
+            let of_member: Vec<_> = of_member.map(|(_, feature)| *feature).collect();
+            if !of_member.is_empty() {
+                info.insert("features".to_owned(), json!(of_member));
             }
             Value::Object(info)
         });
@@ -266,10 +271,11 @@ pub(crate) fn definitions() -> Vec<Definition> {
             "SchemaInfoEnum",
             vec![
                 Member::required("members", Type::Array(&Type::Named("SchemaInfoEnumMember")), "Its words."),
-                Member::required("values", STRINGS, "Its words, in the old form.").features(&["deprecated"]),
+                Member::required("values", STRINGS, "Its words, in the old form."),
             ],
             "One word of several.",
-        ),
+        )
+        .member_feature("values", "deprecated"),
         info(
             "SchemaInfoEnumMember",
             vec![name("The word."), Member::optional("features", STRINGS, "What was added to it.")],

@@ -56,26 +56,17 @@ pub struct Member {
     pub optional: bool,
     /// One sentence for the reference.
     pub doc: &'static str,
-    /// What clients look for in introspection (`deprecated`).
-    pub features: &'static [&'static str],
 }
 
 impl Member {
     /// A member that must be there.
     pub const fn required(name: &'static str, ty: Type, doc: &'static str) -> Member {
-        Member { name, ty, optional: false, doc, features: &[] }
+        Member { name, ty, optional: false, doc }
     }
 
     /// A member that may be absent.
     pub const fn optional(name: &'static str, ty: Type, doc: &'static str) -> Member {
-        Member { name, ty, optional: true, doc, features: &[] }
-    }
-
-    /// The same member with features that introspection shows.
-    #[must_use]
-    pub const fn features(mut self, names: &'static [&'static str]) -> Member {
-        self.features = names;
-        self
+        Member { name, ty, optional: true, doc }
     }
 }
 
@@ -90,6 +81,8 @@ pub struct Definition {
     pub kind: Kind,
     /// What clients look for in introspection (`dynamic-auto-read-only`).
     pub features: Vec<&'static str>,
+    /// The same of its members: a name and a feature (`deprecated`).
+    pub member_features: Vec<(&'static str, &'static str)>,
 }
 
 /// The shapes of a [`Definition`].
@@ -115,12 +108,12 @@ pub enum Kind {
 impl Definition {
     /// One word of `words`.
     pub fn enumeration(name: &'static str, words: impl Into<Vec<&'static str>>, doc: &'static str) -> Definition {
-        Definition { name, doc, kind: Kind::Enum(words.into()), features: Vec::new() }
+        Definition { name, doc, kind: Kind::Enum(words.into()), features: Vec::new(), member_features: Vec::new() }
     }
 
     /// An object.
     pub fn structure(name: &'static str, members: impl Into<Vec<Member>>, doc: &'static str) -> Definition {
-        Definition { name, doc, kind: Kind::Struct(members.into()), features: Vec::new() }
+        Definition { name, doc, kind: Kind::Struct(members.into()), features: Vec::new(), member_features: Vec::new() }
     }
 
     /// An object with variants, chosen by `tag`.
@@ -132,18 +125,25 @@ impl Definition {
         doc: &'static str,
     ) -> Definition {
         let kind = Kind::Union { base: base.into(), tag, variants: variants.into() };
-        Definition { name, doc, kind, features: Vec::new() }
+        Definition { name, doc, kind, features: Vec::new(), member_features: Vec::new() }
     }
 
     /// One of several types.
     pub fn alternate(name: &'static str, types: impl Into<Vec<Type>>, doc: &'static str) -> Definition {
-        Definition { name, doc, kind: Kind::Alternate(types.into()), features: Vec::new() }
+        Definition { name, doc, kind: Kind::Alternate(types.into()), features: Vec::new(), member_features: Vec::new() }
     }
 
     /// Adds a feature that introspection shows.
     #[must_use]
     pub fn feature(mut self, name: &'static str) -> Definition {
         self.features.push(name);
+        self
+    }
+
+    /// Adds a feature to a member of a struct or union.
+    #[must_use]
+    pub fn member_feature(mut self, member: &'static str, name: &'static str) -> Definition {
+        self.member_features.push((member, name));
         self
     }
 }
