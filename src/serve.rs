@@ -63,14 +63,15 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         name: options.name.clone(),
     };
     let served = serve(&options.confinement.program(), &request)?;
-    announce(&served.chain, served.daemon.pid(), &uri(&socket, &options.name))?;
+    // Whoever started this may have closed the pipe already; the disk is served all the same.
+    let _ = announce(&served.chain, served.daemon.pid(), &uri(&socket, &options.name));
     waiting.until_signal_or_end(&served.daemon)?;
     served.stop()?;
     Ok(())
 }
 
 /// Tells what is served, and lines to try it with.
-fn announce(chain: &Chain, daemon: u32, uri: &str) -> anyhow::Result<()> {
+fn announce(chain: &Chain, daemon: u32, uri: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     for (index, layer) in chain.layers.iter().enumerate() {
         let place = if index == 0 { "image" } else { "backed by" };
@@ -98,6 +99,5 @@ fn announce(chain: &Chain, daemon: u32, uri: &str) -> anyhow::Result<()> {
     writeln!(out, "  qemu-system-x86_64 -drive 'format=raw,if=virtio{snapshot},file={uri}'")?;
     writeln!(out)?;
     writeln!(out, "Ctrl-C ends it.")?;
-    out.flush()?;
-    Ok(())
+    out.flush()
 }

@@ -274,18 +274,13 @@ fn case_36_a_line_of_65_mib_is_refused_within_bounds() {
 fn case_37_invalid_text_is_a_parse_error() {
     let mut wire = Wire::start();
     wire.negotiate();
-    for (bytes, text) in [
-        (&b"\"\xff\xff\"\x01"[..], "stray"),
-        (b"\"\xc0\x80x\"\x01", "stray"),
-        (b"\"\\ud800\"\x01", "stray"),
-        (b"\"\\q\"\x01", "stray"),
-    ] {
+    for bytes in [&b"\"\xff\xff\""[..], b"\"\xc0\x80x\"", b"\"\\ud800\"", b"\"\\q\""] {
         wire.send(bytes);
-        let mut seen = Vec::new();
-        while !seen.last().is_some_and(|last: &String| last.contains(text)) {
-            seen.push(wire.answer()["error"]["desc"].as_str().unwrap().to_owned());
-        }
-        assert!(seen[0].starts_with("JSON parse error"), "{seen:?}");
+        let error = wire.answer()["error"]["desc"].as_str().unwrap().to_owned();
+        assert!(error.starts_with("JSON parse error"), "{error}");
+        // What is left of the broken string is noise; 0x01 ends it, and the next command is answered by its id.
+        wire.send(b"\x01{\"execute\":\"query-block-exports\",\"id\":\"after\"}");
+        while wire.answer()["id"] != "after" {}
     }
     wire.serves_on();
 }
@@ -315,8 +310,8 @@ fn case_40_an_opaque_of_a_mebibyte_with_control_characters_comes_back_as_it_was(
     wire.negotiate();
     let opaque = "a\n\u{1}\u{1b}[31m\u{7f}é\u{10348}".repeat(1 << 16);
     let add = json!({ "execute": "add-fd", "arguments": { "opaque": opaque } }).to_string();
-    let (head, tail) = add.split_at(100);
-    wire.send_fds(head.as_bytes(), &[disks(1)[0].as_fd()]);
+    let (head, tail) = add.as_bytes().split_at(100);
+    wire.send_fds(head, &[disks(1)[0].as_fd()]);
     wire.send(tail);
     assert!(wire.answer()["return"].is_object());
     let sets = wire.call(r#"{"execute":"query-fdsets"}"#);
@@ -396,7 +391,9 @@ fn case_49_more_rights_than_the_set_holds_cannot_be_had() {
 #[test]
 fn two_writers_over_one_node_exclude_each_other() {
     let mut daemon = TestDaemon::start();
-    daemon.add_node("base", "file", &disks(1)[0], false);
+    let set = daemon.add_fd(&disks(1)[0]);
+    daemon
+        .ok("blockdev-add", json!({ "driver": "file", "node-name": "base", "filename": format!("/dev/fdset/{set}") }));
     daemon.ok("blockdev-add", json!({ "driver": "raw", "node-name": "one", "file": "base" }));
     let two = json!({ "driver": "raw", "node-name": "two", "file": "base" });
     assert!(daemon.error("blockdev-add", two).contains("conflicts with use by node 'one'"));

@@ -46,6 +46,7 @@ pub const ALWAYS: &[i64] = &[
     libc::SYS_fstat,
     libc::SYS_futex,
     libc::SYS_getpid,
+    libc::SYS_getppid,
     libc::SYS_getrandom,
     libc::SYS_gettid,
     libc::SYS_lseek,

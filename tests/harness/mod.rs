@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 
 use manager::daemon::Daemon;
 use manager::inspector::Program;
@@ -27,9 +27,28 @@ pub fn judges(test: &str, tools: &[&str]) -> bool {
     false
 }
 
+/// A Python that has `module`: Debian's own first, because another one in PATH does not see Debian's packages.
+pub fn python_with(test: &str, module: &str) -> Option<&'static str> {
+    let has = |python: &&str| {
+        let output = Command::new(python).args(["-c", &format!("import {module}")]).output();
+        output.is_ok_and(|output| output.status.success())
+    };
+    let found = ["/usr/bin/python3", "python3"].into_iter().find(has);
+    if found.is_none() {
+        assert!(std::env::var_os("CI").is_none(), "{test} needs Python's {module}, and CI must have it");
+        eprintln!("skipped: {test}: needs Python's {module} (make judges)");
+    }
+    found
+}
+
 /// Runs a command that must succeed; its standard output.
 pub fn run(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).stdin(Stdio::null()).output().unwrap();
+    run_in(Path::new("."), program, arguments)
+}
+
+/// The same in a directory.
+pub fn run_in(directory: &Path, program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).current_dir(directory).stdin(Stdio::null()).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{program} {arguments:?}: {}\n{text}{errors}", output.status);
@@ -68,6 +87,7 @@ impl Scratch {
 /// `doorless serve`, ready.
 pub struct Serve {
     child: Child,
+    _out: BufReader<ChildStdout>,
     pub uri: String,
     /// Lines before the ready line.
     pub said: Vec<String>,
@@ -78,12 +98,13 @@ impl Serve {
         let mut command = Command::new(DOORLESS);
         let mut child = command.arg("serve").args(arguments).stdout(Stdio::piped()).spawn().unwrap();
         let mut said = Vec::new();
-        for line in BufReader::new(child.stdout.take().unwrap()).lines() {
-            let line = line.unwrap();
-            if let Some(uri) = line.strip_prefix("ready: ") {
-                return Serve { child, uri: uri.to_owned(), said };
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while out.read_line(&mut line).unwrap() > 0 {
+            if let Some(uri) = line.trim_end().strip_prefix("ready: ") {
+                return Serve { child, _out: out, uri: uri.to_owned(), said };
             }
-            said.push(line);
+            said.push(std::mem::take(&mut line).trim_end().to_owned());
         }
         panic!("doorless serve {arguments:?} ended before it was ready ({:?}): {said:?}", child.wait());
     }

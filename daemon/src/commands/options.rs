@@ -72,8 +72,8 @@ fn members(driver: &DriverEntry) -> Vec<Member> {
     }
     for child in driver.children {
         let ty = if child.name == "backing" { "BlockdevRefOrNull" } else { "BlockdevRef" };
-        let ty = Type::Named(ty);
-        members.push(Member { name: child.name, ty, optional: !child.required, doc: "The node below." });
+        let make = if child.required { Member::required } else { Member::optional };
+        members.push(make(child.name, Type::Named(ty), "The node below."));
     }
     for option in driver.options {
         let ty = match option.kind {
