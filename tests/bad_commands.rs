@@ -274,7 +274,7 @@ fn case_36_a_line_of_65_mib_is_refused_within_bounds() {
 fn case_37_invalid_text_is_a_parse_error() {
     let mut wire = Wire::start();
     wire.negotiate();
-    for bytes in [&b"\"\xff\xff\""[..], b"\"\xc0\x80x\"", b"\"\\ud800\"", b"\"\\q\""] {
+    for bytes in [&b"\"\xff\xff\""[..], b"\"\xc1\xbf\"", b"\"\\ud800\"", b"\"\\q\""] {
         wire.send(bytes);
         let error = wire.answer()["error"]["desc"].as_str().unwrap().to_owned();
         assert!(error.starts_with("JSON parse error"), "{error}");
@@ -389,16 +389,36 @@ fn case_49_more_rights_than_the_set_holds_cannot_be_had() {
 }
 
 #[test]
-fn two_writers_over_one_node_exclude_each_other() {
+fn nobody_writes_below_an_image_that_keeps_metadata_there() {
     let mut daemon = TestDaemon::start();
-    let set = daemon.add_fd(&disks(1)[0]);
+    let image = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/demo.qcow2");
+    let mut copy = tempfile::tempfile().unwrap();
+    copy.write_all(&std::fs::read(image).unwrap()).unwrap();
+    let set = daemon.add_fd(&copy);
     daemon
         .ok("blockdev-add", json!({ "driver": "file", "node-name": "base", "filename": format!("/dev/fdset/{set}") }));
-    daemon.ok("blockdev-add", json!({ "driver": "raw", "node-name": "one", "file": "base" }));
-    let two = json!({ "driver": "raw", "node-name": "two", "file": "base" });
-    assert!(daemon.error("blockdev-add", two).contains("conflicts with use by node 'one'"));
+    daemon.ok("blockdev-add", json!({ "driver": "qcow2", "node-name": "image", "file": "base", "read-only": true }));
+    daemon.ok("blockdev-add", json!({ "driver": "raw", "node-name": "bytes", "file": "base" }));
     daemon.start_nbd();
-    let export = json!({ "type": "nbd", "id": "e", "node-name": "base", "writable": true });
-    assert!(daemon.error("block-export-add", export).contains("conflicts with use by node 'one'"));
+    daemon.export("image", false);
+    let export = json!({ "type": "nbd", "id": "e", "node-name": "bytes", "writable": true });
+    assert_eq!(
+        daemon.error("block-export-add", export),
+        "Permission conflict on node 'base': permissions 'write' are both required by node 'bytes' (uses node 'base' as \
+         'file' child) and unshared by node 'image' (uses node 'base' as 'file' child)."
+    );
+    daemon.export("bytes", false);
     assert_eq!(daemon.error("blockdev-del", json!({ "node-name": "base" })), "Block device base is in use");
+    assert_eq!(daemon.error("blockdev-del", json!({ "node-name": "bytes" })), "Node bytes is in use");
+}
+
+#[test]
+fn two_nodes_do_not_write_through_one_open_file() {
+    let mut daemon = TestDaemon::start();
+    let set = daemon.add_fd(&disks(1)[0]);
+    let node = |name: &str| json!({ "driver": "file", "node-name": name, "filename": format!("/dev/fdset/{set}") });
+    daemon.ok("blockdev-add", node("one"));
+    assert!(daemon.error("blockdev-add", node("two")).contains("open for writing by another node already"));
+    daemon.ok("blockdev-del", json!({ "node-name": "one" }));
+    daemon.ok("blockdev-add", node("two"));
 }

@@ -3,11 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use sys::file::Wait;
 
+use crate::claims::{Demand, Writes};
+use crate::host::Descriptor;
 use crate::{BlockNode, Error, Result, file, qcow2, raw};
 
 /// Every format, one line each: `blockdev-add`'s schema, its options and the reference docs follow from it.
@@ -44,8 +46,8 @@ pub struct ChildSpec {
     pub name: &'static str,
     /// Whether opening without it is an error of the caller.
     pub required: bool,
-    /// Whether a writable parent writes to it (a backing file is only read).
-    pub written: bool,
+    /// How a node uses it.
+    pub writes: Writes,
 }
 
 /// An option that a driver takes.
@@ -90,7 +92,7 @@ pub type Children = BTreeMap<&'static str, Arc<BlockNode>>;
 /// Everything a driver gets to open an image.
 pub struct OpenRequest {
     /// The descriptor, for drivers with [`DriverEntry::takes_descriptor`]; its access mode already fits `writable`.
-    pub descriptor: Option<Box<dyn AsFd + Send + Sync>>,
+    pub descriptor: Option<Descriptor>,
     /// What the user called the descriptor (QAPI's `filename`): for messages and queries, never opened.
     pub filename: String,
     /// The nodes it is built from.
@@ -271,6 +273,32 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// `EIO` and friends: then nothing is known about unflushed data.
     fn flush(&self) -> io::Result<()>;
+
+    /// Whether the image may be written from now on. Called before the nodes below become writable, after they became
+    /// read-only, and with no request under way that writes.
+    ///
+    /// # Errors
+    /// The driver cannot write, or not this image.
+    fn reopen(&self, _writable: bool) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes another descriptor of the same file in use, for drivers with [`DriverEntry::takes_descriptor`]; requests under way
+    /// end on the old one. Returns the old one.
+    ///
+    /// # Errors
+    /// The driver takes no descriptor, or the process has no number left.
+    fn replace(&self, _descriptor: Descriptor) -> Result<Descriptor> {
+        Err(Error::invalid("this driver takes no descriptor"))
+    }
+
+    /// Takes the image locks that fit what the node's users do, and gives back the others.
+    ///
+    /// # Errors
+    /// Another program holds the image in a way that excludes it: QEMU's words.
+    fn lock(&self, _demand: Demand) -> Result<()> {
+        Ok(())
+    }
 
     /// Smallest unit of requests in bytes that the layer below takes without read-modify-write: a power of two.
     fn block_size(&self) -> u32 {

@@ -5,12 +5,16 @@
 //! set. The size is taken once, at open.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{FallocateFlags, FileType, SeekFrom};
 use rustix::io::Errno;
 
+use crate::claims::Demand;
 use crate::driver::{Ask, Detail, Driver, DriverEntry, Info, Mapping, OpenRequest, Prepared, Target, ZeroFlags};
+use crate::host::Descriptor;
+use crate::image_locks::ImageLocks;
 use crate::{Error, Result};
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {
@@ -27,7 +31,11 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
 const SECTOR: u64 = 512;
 
 struct File {
-    fd: Box<dyn AsFd + Send + Sync>,
+    /// Owns the number under which all I/O is done; [`Driver::replace`] puts another open file behind it.
+    fd: Descriptor,
+    /// The descriptor whose open file is behind the number now, if it is not the first.
+    latest: Mutex<Option<Descriptor>>,
+    locks: ImageLocks,
     len: u64,
 }
 
@@ -43,7 +51,7 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         .and_then(|bytes| bytes.checked_next_multiple_of(SECTOR))
         .filter(|&bytes| i64::try_from(bytes).is_ok())
         .ok_or_else(|| Error::unsupported(format!("'{filename}' is larger than 2^63-512 bytes")))?;
-    Ok(Box::new(File { fd, len }))
+    Ok(Box::new(File { fd, latest: Mutex::default(), locks: ImageLocks::default(), len }))
 }
 
 impl Driver for File {
@@ -103,9 +111,41 @@ impl Driver for File {
         Ok(rustix::fs::fdatasync(self.fd.as_fd())?)
     }
 
+    fn replace(&self, descriptor: Descriptor) -> Result<Descriptor> {
+        let failed = |e| Error::io("put another descriptor in use", e);
+        let before = rustix::io::fcntl_dupfd_cloexec(self.fd.as_fd(), 0).map_err(|e| failed(e.into()))?;
+        sys::fd::replace(self.fd.as_fd(), descriptor.as_fd()).map_err(failed)?;
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Box::new(Previous { fd: before, _tracked: latest.replace(descriptor) }))
+    }
+
+    fn lock(&self, demand: Demand) -> Result<()> {
+        self.locks.change(self.fd.as_fd(), demand)
+    }
+
     fn info(&self) -> Info {
         // st_blocks counts units of 512 bytes whatever the file system's block is (stat(2)).
         let blocks = rustix::fs::fstat(self.fd.as_fd()).ok().and_then(|stat| u64::try_from(stat.st_blocks).ok());
         Info { allocated_size: blocks.and_then(|blocks| blocks.checked_mul(512)), ..Info::default() }
+    }
+}
+
+/// What was in use before, to go back to.
+struct Previous {
+    fd: OwnedFd,
+    /// Keeps the fd set aware of it.
+    _tracked: Option<Descriptor>,
+}
+
+impl AsFd for Previous {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        // The open file is shared with the fd set and with whoever passed it: closing a duplicate gives no lock back.
+        let _ = self.locks.change(self.fd.as_fd(), Demand::default());
     }
 }

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The nodes and the edges between them: who reads and who writes what.
+//! The nodes and the edges between them.
 //!
-//! One owner, the control thread. Exports and parents hold a [`Claim`]; the graph refuses a claim that another one excludes
-//! and the removal of a claimed node. A node's children exist before it does, so a loop cannot be written down.
+//! One owner, the control thread. A node's children exist before it does, so a loop cannot be written down. Who may write to
+//! what is the business of [`claims`](crate::claims): parents and exports hold a [`Claim`] on each node they use.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use crate::claims::{Claim, Use, User, Writes};
 use crate::driver::{Children, OpenRequest, Options, driver_named};
+use crate::host::Host;
 use crate::node::NodeAccess;
 use crate::{BlockNode, Error, ErrorKind, Result};
 
@@ -20,8 +21,8 @@ pub struct NodeSpec {
     pub driver: &'static str,
     /// What requests may do to it.
     pub access: NodeAccess,
-    /// The descriptor, for a driver that takes one.
-    pub descriptor: Option<Box<dyn AsFd + Send + Sync>>,
+    /// Where its descriptors come from, for a driver that takes one.
+    pub host: Option<Host>,
     /// What the user called the descriptor.
     pub filename: String,
     /// Edge name to node-name.
@@ -41,41 +42,32 @@ pub struct Edge {
     pub child: String,
 }
 
-/// How a claim uses a node.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Use {
-    /// Who: completes "Node X is used by …".
-    pub user: String,
-    /// Whether the user writes.
-    pub writes: bool,
-    /// Whether the user bears others writing at the same time.
-    pub shares_writes: bool,
-}
-
-/// A use that the graph granted; give it back with [`Graph::release`].
-#[derive(Debug)]
-pub struct Claim {
-    node: String,
-    id: u64,
-}
-
-struct Entry {
-    node: Arc<BlockNode>,
+pub(crate) struct Entry {
+    pub(crate) node: Arc<BlockNode>,
     /// Grows with every node: queries list the newest first.
     age: u64,
-    claims: BTreeMap<u64, Use>,
-    /// Claims that this node holds on its children.
-    edges: Vec<(Edge, Claim)>,
+    pub(crate) claims: BTreeMap<u64, Use>,
+    pub(crate) links: Vec<Link>,
+    pub(crate) host: Option<Host>,
+    /// As they were given.
+    options: Options,
     /// Made for its parent and removed with it.
     owned: bool,
+}
+
+/// An edge and the claim that the parent holds on the child for it.
+pub(crate) struct Link {
+    pub(crate) edge: Edge,
+    pub(crate) claim: u64,
+    pub(crate) writes: Writes,
 }
 
 /// All nodes by name.
 #[derive(Default)]
 pub struct Graph {
-    nodes: BTreeMap<String, Entry>,
+    pub(crate) nodes: BTreeMap<String, Entry>,
+    pub(crate) next_claim: u64,
     next_age: u64,
-    next_claim: u64,
     next_name: u32,
 }
 
@@ -90,53 +82,62 @@ impl Graph {
     /// # Errors
     /// `Invalid` for a bad or taken name, a missing child or driver; `InUse` if a child's other user excludes this one; the
     /// driver's own error otherwise.
-    pub fn add(&mut self, spec: NodeSpec) -> Result<Arc<BlockNode>> {
-        let entry = driver_named(spec.driver)
+    pub fn add(&mut self, mut spec: NodeSpec) -> Result<Arc<BlockNode>> {
+        let driver = driver_named(spec.driver)
             .ok_or_else(|| Error::invalid(format!("Parameter 'driver' does not accept value '{}'", spec.driver)))?;
         let name = match spec.name {
             Some(name) => self.checked_name(name)?,
             None => self.generated_name(),
         };
         let mut children = Children::new();
-        let mut edges = Vec::new();
-        for child in entry.children {
+        let mut links = Vec::new();
+        for child in driver.children {
             let Some(node_name) = spec.children.get(child.name) else { continue };
-            let writes = child.written && spec.access.writable;
-            let usage = Use { user: format!("node '{name}' as '{}'", child.name), writes, shares_writes: !writes };
-            let claim = match self.claim(node_name, usage) {
-                Ok(claim) => claim,
+            let user = User::Node { name: name.clone(), edge: child.name };
+            match self.claim(node_name, child.writes.usage(user, spec.access.writable)) {
+                Ok(claim) => {
+                    let edge = Edge { name: child.name, child: node_name.clone() };
+                    children.insert(child.name, Arc::clone(&self.nodes[node_name].node));
+                    links.push(Link { edge, claim: claim.id(), writes: child.writes });
+                }
                 Err(e) => {
-                    self.release_all(edges);
+                    self.release_links(links);
                     return Err(e);
                 }
-            };
-            let edge = Edge { name: child.name, child: node_name.clone() };
-            children.insert(child.name, Arc::clone(&self.nodes[node_name].node));
-            edges.push((edge, claim));
+            }
         }
         let filename = match children.get("file") {
             Some(file) => file.filename().to_owned(),
             None => spec.filename,
         };
-        let request = OpenRequest {
-            descriptor: spec.descriptor,
+        let options = spec.options;
+        let request = |descriptor| OpenRequest {
+            descriptor,
             filename: filename.clone(),
             children,
             detached: spec.detached,
-            options: spec.options,
+            options: options.clone(),
             writable: spec.access.writable,
         };
-        match (entry.open)(request) {
-            Ok(driver) => {
-                let node = Arc::new(BlockNode::new(name.clone(), entry.name, filename, spec.access, driver));
-                let age = self.next_age;
+        let descriptor = spec.host.as_mut().map(|host| host.first(spec.access.writable)).transpose();
+        match descriptor.and_then(|descriptor| (driver.open)(request(descriptor))) {
+            Ok(opened) => {
+                let node = Arc::new(BlockNode::new(name.clone(), driver.name, filename, spec.access, opened));
+                let entry = Entry {
+                    node: Arc::clone(&node),
+                    age: self.next_age,
+                    claims: BTreeMap::new(),
+                    links,
+                    host: spec.host,
+                    options,
+                    owned: false,
+                };
                 self.next_age += 1;
-                let entry = Entry { node: Arc::clone(&node), age, claims: BTreeMap::new(), edges, owned: false };
                 self.nodes.insert(name, entry);
                 Ok(node)
             }
             Err(e) => {
-                self.release_all(edges);
+                self.release_links(links);
                 Err(e)
             }
         }
@@ -157,16 +158,13 @@ impl Graph {
     pub fn remove(&mut self, name: &str) -> Result<()> {
         let entry = self.entry(name)?;
         if let Some(usage) = entry.claims.values().next() {
-            let text = if usage.user.starts_with("node ") {
-                format!("Block device {name} is in use")
-            } else {
-                format!("Node {name} is in use")
+            let text = match usage.user {
+                User::Node { .. } => format!("Block device {name} is in use"),
+                User::Export { .. } => format!("Node {name} is in use"),
             };
             return Err(Error::new(ErrorKind::InUse, text));
         }
-        if let Some(entry) = self.nodes.remove(name) {
-            self.release_all(entry.edges);
-        }
+        self.forget(name);
         Ok(())
     }
 
@@ -178,69 +176,66 @@ impl Graph {
         Ok(&self.entry(name)?.node)
     }
 
-    /// Claims a node for `usage`.
-    ///
-    /// # Errors
-    /// `InUse` if another user excludes it, in either direction.
-    pub fn claim(&mut self, name: &str, usage: Use) -> Result<Claim> {
-        let entry = self.entry(name)?;
-        if usage.writes && !entry.node.writable() {
-            return Err(Error::invalid(format!("Block node '{name}' is read-only, but {} wants to write", usage.user)));
-        }
-        let excludes = |a: &Use, b: &Use| a.writes && !b.shares_writes;
-        if let Some(other) = entry.claims.values().find(|other| excludes(other, &usage) || excludes(&usage, other)) {
-            return Err(Error::new(
-                ErrorKind::InUse,
-                format!(
-                    "Block node '{name}' cannot be used by {}: it conflicts with use by {}",
-                    usage.user, other.user
-                ),
-            ));
-        }
-        let id = self.next_claim;
-        self.next_claim += 1;
-        if let Some(entry) = self.nodes.get_mut(name) {
-            entry.claims.insert(id, usage);
-        }
-        Ok(Claim { node: name.to_owned(), id })
-    }
-
     /// Gives a claim back; a node that was made for the claim's holder goes with it.
     pub fn release(&mut self, claim: Claim) {
-        let Some(entry) = self.nodes.get_mut(&claim.node) else { return };
-        entry.claims.remove(&claim.id);
-        if entry.owned
-            && entry.claims.is_empty()
-            && let Some(entry) = self.nodes.remove(&claim.node)
-        {
-            self.release_all(entry.edges);
-        }
+        let (name, id) = claim.into_parts();
+        self.release_id(&name, id);
     }
 
-    /// Every node and its edges, the newest first.
-    pub fn nodes(&self) -> Vec<(&Arc<BlockNode>, Vec<&Edge>)> {
+    /// The driver's options that a node was made with.
+    ///
+    /// # Errors
+    /// QEMU's words if there is no such node.
+    pub fn options(&self, name: &str) -> Result<&Options> {
+        Ok(&self.entry(name)?.options)
+    }
+
+    /// The edges of a node.
+    pub fn edges(&self, name: &str) -> impl Iterator<Item = &Edge> {
+        self.nodes.get(name).into_iter().flat_map(|entry| entry.links.iter().map(|link| &link.edge))
+    }
+
+    /// Every node, the newest first.
+    pub fn nodes(&self) -> Vec<&Arc<BlockNode>> {
         let mut entries: Vec<&Entry> = self.nodes.values().collect();
         entries.sort_by_key(|entry| std::cmp::Reverse(entry.age));
-        entries.iter().map(|entry| (&entry.node, entry.edges.iter().map(|(edge, _)| edge).collect())).collect()
+        entries.iter().map(|entry| &entry.node).collect()
     }
 
     /// Number of layers below a node: how far its `backing` edges go.
     pub fn backing_depth(&self, name: &str) -> u32 {
-        let Some(entry) = self.nodes.get(name) else { return 0 };
-        let backing = entry.edges.iter().find(|(edge, _)| edge.name == "backing");
-        backing.map_or(0, |(edge, _)| 1 + self.backing_depth(&edge.child))
+        let backing = self.edges(name).find(|edge| edge.name == "backing");
+        backing.map_or(0, |edge| 1 + self.backing_depth(&edge.child))
     }
 
-    fn entry(&self, name: &str) -> Result<&Entry> {
+    pub(crate) fn entry(&self, name: &str) -> Result<&Entry> {
         self.nodes.get(name).ok_or_else(|| Error::invalid(format!("Failed to find node with node-name='{name}'")))
     }
 
-    fn release_all(&mut self, edges: Vec<(Edge, Claim)>) {
-        for (_, claim) in edges {
-            self.release(claim);
+    fn release_id(&mut self, name: &str, id: u64) {
+        let Some(entry) = self.nodes.get_mut(name) else { return };
+        entry.claims.remove(&id);
+        if entry.owned && entry.claims.is_empty() {
+            self.forget(name);
+        } else if let Err(e) = self.settle(name) {
+            // A node that keeps more rights than it needs now is no harm to anyone.
+            tracing::warn!(node = name, "after a user left: {e}");
         }
     }
 
+    fn forget(&mut self, name: &str) {
+        if let Some(entry) = self.nodes.remove(name) {
+            self.release_links(entry.links);
+        }
+    }
+
+    fn release_links(&mut self, links: Vec<Link>) {
+        for link in links {
+            self.release_id(&link.edge.child, link.claim);
+        }
+    }
+
+    /// QEMU's rules for node-names.
     fn checked_name(&self, name: String) -> Result<String> {
         if !id_is_well_formed(&name) {
             return Err(Error::invalid(format!("Invalid node-name: '{name}'")));

@@ -8,21 +8,26 @@
 //!
 //! Nothing here opens a file: the `file` driver takes a descriptor, every other driver takes nodes.
 
+mod claims;
 mod driver;
 mod error;
 mod file;
 mod graph;
+mod host;
+mod image_locks;
 mod inspect;
 mod node;
 mod qcow2;
 mod raw;
 
+pub use claims::{Claim, Demand, Use, User, Writes};
 pub use driver::{
     Ask, ChildSpec, Children, DRIVERS, Detail, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, OptionKind,
     OptionSpec, OptionValue, Options, Prepared, Target, ZeroFlags, driver_named,
 };
 pub use error::{Error, ErrorKind, Result};
-pub use graph::{Claim, Edge, Graph, NodeSpec, Use, id_is_well_formed};
+pub use graph::{Edge, Graph, NodeSpec, id_is_well_formed};
+pub use host::{Descriptor, Host, Opener};
 pub use inspect::{Inspection, inspect};
 pub use node::{BlockNode, Extent, ExtentKind, NodeAccess};
 pub use sys::file::Wait;

@@ -18,7 +18,7 @@ pub struct BlockNode {
     driver_name: &'static str,
     filename: String,
     writable: AtomicBool,
-    unmap: bool,
+    unmap: AtomicBool,
     driver: Box<dyn Driver>,
 }
 
@@ -71,7 +71,7 @@ impl BlockNode {
             driver_name,
             filename: filename.into(),
             writable: AtomicBool::new(access.writable),
-            unmap: access.unmap,
+            unmap: AtomicBool::new(access.unmap),
             driver,
         }
     }
@@ -94,6 +94,19 @@ impl BlockNode {
     /// Whether requests may change the image.
     pub fn writable(&self) -> bool {
         self.writable.load(Ordering::Relaxed)
+    }
+
+    /// Whether requests may give room back from now on.
+    pub fn set_unmap(&self, unmap: bool) {
+        self.unmap.store(unmap, Ordering::Relaxed);
+    }
+
+    pub(crate) fn set_writable(&self, writable: bool) {
+        self.writable.store(writable, Ordering::Relaxed);
+    }
+
+    pub(crate) fn driver(&self) -> &dyn Driver {
+        &*self.driver
     }
 
     /// Size in bytes.
@@ -183,7 +196,7 @@ impl BlockNode {
         if len == 0 {
             return Ok(());
         }
-        let flags = ZeroFlags { may_unmap: flags.may_unmap && self.unmap, ..flags };
+        let flags = ZeroFlags { may_unmap: flags.may_unmap && self.unmap.load(Ordering::Relaxed), ..flags };
         match self.driver.write_zeroes(offset, len, flags) {
             Ok(()) if durable => self.flush(),
             Err(e) if e.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) && !flags.fast_only => {
@@ -206,7 +219,7 @@ impl BlockNode {
     /// As [`BlockNode::write`].
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check_write(offset, len)?;
-        if len == 0 || !self.unmap { Ok(()) } else { self.driver.discard(offset, len) }
+        if len == 0 || !self.unmap.load(Ordering::Relaxed) { Ok(()) } else { self.driver.discard(offset, len) }
     }
 
     /// Returns when every write acknowledged before this call is on stable storage.

@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::Arc;
 
+use crate::claims::Writes;
 use crate::driver::{
     Ask, ChildSpec, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared, Target,
     ZeroFlags,
@@ -13,7 +14,7 @@ use crate::{BlockNode, Error, Result};
 pub(crate) const ENTRY: DriverEntry = DriverEntry {
     name: "raw",
     summary: "the bytes of the node below, or a window on them",
-    children: &[ChildSpec { name: "file", required: true, written: true }],
+    children: &[ChildSpec { name: "file", required: true, writes: Writes::AsUsers }],
     options: &[
         OptionSpec { name: "offset", kind: OptionKind::Size, summary: "first byte of the window, default 0" },
         OptionSpec { name: "size", kind: OptionKind::Size, summary: "bytes in the window, a multiple of 512" },

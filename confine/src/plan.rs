@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What is given up, in which order, and the proof.
+//! What is to be given up.
 
-use std::io;
-
-use crate::{landlocked, privileges, seccomp};
-
-/// What the process will do once it is confined: decides what the filter allows.
+/// What the process will do once it is confined: decides which system calls are left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Role {
     /// Serve: threads, sockets that were passed, disks that were passed.
     Daemon,
@@ -16,10 +13,20 @@ pub enum Role {
 
 /// A layer of confinement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Layer {
-    /// No way to more rights: another user, no capabilities, no_new_privs, not dumpable, limits.
-    Privileges,
-    /// Landlock: no file, no TCP, no process outside.
+    /// No core dumps; as many descriptors and as long files as the hard limits grant. There is no limit on processes: it
+    /// would count every thread of the user, in other processes too, and the filter lets none start anyway.
+    Limits,
+    /// Not root: root owns root's files even without a capability.
+    User,
+    /// No capability in any set.
+    Capabilities,
+    /// no_new_privs: running a program cannot give rights.
+    NoNewPrivs,
+    /// Not dumpable: other processes of the user cannot trace this one.
+    NotDumpable,
+    /// Landlock: no file, no TCP port, no abstract socket and no process outside, as far as the kernel knows how.
     Landlock,
     /// seccomp: no system call that is not needed.
     Seccomp,
@@ -27,124 +34,153 @@ pub enum Layer {
 
 impl Layer {
     /// Every layer, in the order in which they are applied.
-    pub const ALL: [Layer; 3] = [Layer::Privileges, Layer::Landlock, Layer::Seccomp];
+    pub const ALL: [Layer; 7] = [
+        Layer::Limits,
+        Layer::User,
+        Layer::Capabilities,
+        Layer::NoNewPrivs,
+        Layer::NotDumpable,
+        Layer::Landlock,
+        Layer::Seccomp,
+    ];
 
-    /// Its name in messages.
+    /// Its name in messages and options.
     pub fn name(self) -> &'static str {
         match self {
-            Layer::Privileges => "privileges",
+            Layer::Limits => "limits",
+            Layer::User => "user",
+            Layer::Capabilities => "capabilities",
+            Layer::NoNewPrivs => "no-new-privs",
+            Layer::NotDumpable => "not-dumpable",
             Layer::Landlock => "landlock",
             Layer::Seccomp => "seccomp",
         }
     }
+
+    /// What an administrator can do to have it.
+    pub(crate) fn remedy(self) -> &'static str {
+        match self {
+            Layer::Limits => "raise the limits of whoever starts this process",
+            Layer::User => {
+                "start it as an ordinary user, or let it change its user: CAP_SETUID and CAP_SETGID, and in a container a \
+                 user id that is mapped"
+            }
+            Layer::Capabilities => "start it as an ordinary user, or as root with CAP_SETPCAP",
+            Layer::NoNewPrivs | Layer::NotDumpable => "look for a filter around this process that denies prctl(2)",
+            Layer::Landlock => {
+                "boot a kernel of 5.13 or newer that has 'landlock' in lsm=, and let the container allow it"
+            }
+            Layer::Seccomp => "use a kernel with CONFIG_SECCOMP_FILTER, and let the container allow seccomp(2)",
+        }
+    }
 }
 
-/// What to give up.
+impl std::fmt::Display for Layer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Whether a layer must be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// The process is not confined without it.
+    Require,
+    /// It is applied where it can be had, and reported where not.
+    BestEffort,
+}
+
+/// What becomes of a system call that the filter does not allow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Denial {
+    /// It answers `EPERM` and the process goes on: its other clients are served, and [`crate::attempts`] can report. What it
+    /// was refused stays refused, however often it is tried.
+    #[default]
+    Refuse,
+    /// The kernel kills the process, which says louder that something is wrong. The first attempt to get out ends it.
+    Kill,
+}
+
+/// What to give up, and what must be had of it.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// What the process will do.
-    pub role: Role,
-    /// The layers to apply.
-    pub layers: Vec<Layer>,
-    /// Whether a layer that the kernel lacks is an error.
-    pub required: bool,
+    pub(crate) role: Role,
+    pub(crate) run_as: Option<(u32, u32)>,
+    pub(crate) denial: Denial,
+    pub(crate) landlock_abi: i32,
+    levels: [Level; Layer::ALL.len()],
+    left_out: [bool; Layer::ALL.len()],
 }
 
 impl Plan {
     /// Every layer, all of them required.
     pub fn new(role: Role) -> Plan {
-        Plan { role, layers: Layer::ALL.to_vec(), required: true }
+        Plan {
+            role,
+            run_as: None,
+            denial: Denial::Refuse,
+            landlock_abi: 1,
+            levels: [Level::Require; Layer::ALL.len()],
+            left_out: [false; Layer::ALL.len()],
+        }
     }
 
-    /// The same plan, content with what the kernel has.
+    /// The same plan, content with what can be had.
     #[must_use]
     pub fn best_effort(mut self) -> Plan {
-        self.required = false;
+        self.levels = [Level::BestEffort; Layer::ALL.len()];
         self
     }
-}
 
-/// What became of a layer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LayerReport {
-    /// Which.
-    pub layer: Layer,
-    /// Whether all of it is in force.
-    pub in_force: bool,
-    /// What it does, or what is missing and why.
-    pub detail: String,
-}
-
-/// Proof that this process has confined itself. Only [`confine`] makes it.
-#[derive(Debug)]
-pub struct Confined {
-    reports: Vec<LayerReport>,
-}
-
-impl Confined {
-    /// Layer by layer, what is in force.
-    pub fn reports(&self) -> &[LayerReport] {
-        &self.reports
+    /// Whether `layer` must be had.
+    #[must_use]
+    pub fn level(mut self, layer: Layer, level: Level) -> Plan {
+        self.levels[layer as usize] = level;
+        self
     }
-}
 
-/// Why the process is not confined. It may be partly confined: end it.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// Confinement would not cover threads that exist already.
-    #[error("this process has {0} threads; it can be confined only while it has one")]
-    Threads(usize),
-    /// A required layer cannot be had.
-    #[error(
-        "the layer '{layer}' of confinement cannot be had here: {detail}; give the process a kernel or container that has it, \
-         or say --confine=best-effort to go on without"
-    )]
-    Missing {
-        /// Which.
-        layer: &'static str,
-        /// Why.
-        detail: String,
-    },
-    /// Looking at the process failed.
-    #[error("could not look at this process before confining it: {0}")]
-    Look(#[source] io::Error),
-}
-
-/// Confines this process for ever.
-///
-/// # Errors
-/// It has several threads already, or a required layer cannot be had.
-pub fn confine(plan: &Plan) -> Result<Confined, Error> {
-    let threads = std::fs::read_dir("/proc/self/task").map_err(Error::Look)?.count();
-    if threads != 1 {
-        return Err(Error::Threads(threads));
+    /// Leaves `layer` out, as on a machine that lacks it: an error if it is required, else reported as missing.
+    #[must_use]
+    pub fn without(mut self, layer: Layer) -> Plan {
+        self.left_out[layer as usize] = true;
+        self
     }
-    warm_up();
-    let mut reports = Vec::new();
-    for &layer in &plan.layers {
-        let applied = match layer {
-            Layer::Privileges => privileges::apply(),
-            Layer::Landlock => landlocked::apply(),
-            Layer::Seccomp => seccomp::apply(plan.role),
-        };
-        let (in_force, detail) = match applied {
-            Ok(detail) => (true, detail),
-            Err(detail) if plan.required => return Err(Error::Missing { layer: layer.name(), detail }),
-            Err(detail) => (false, detail),
-        };
-        reports.push(LayerReport { layer, in_force, detail });
-    }
-    Ok(Confined { reports })
-}
 
-/// Lets std and libc open now what they would open lazily: afterwards they could not.
-fn warm_up() {
-    // The allocator counts processors when it makes a thread's first arena; std reads the control group's limits.
-    let _ = std::thread::available_parallelism();
-    // The hash map's seed, and the clock's page.
-    let _ = std::collections::hash_map::RandomState::new();
-    let _ = std::time::Instant::now();
-    // A thread's first start loads the unwinder's cancellation library in some builds of glibc.
-    let _ = std::thread::spawn(|| ()).join();
+    /// Leaves out every layer but these.
+    #[must_use]
+    pub fn only(mut self, layers: &[Layer]) -> Plan {
+        self.left_out = Layer::ALL.map(|layer| !layers.contains(&layer));
+        self
+    }
+
+    /// The user and group to become, which must own nothing; only a privileged process can. Without this an ordinary user
+    /// stays who it is, and root becomes a user of its own (1,900,000,000 and the process id), or 65534 where a container
+    /// maps no such id.
+    #[must_use]
+    pub fn run_as(mut self, uid: u32, gid: u32) -> Plan {
+        self.run_as = Some((uid, gid));
+        self
+    }
+
+    /// What becomes of a system call that is not allowed; [`Denial::Refuse`] by default.
+    #[must_use]
+    pub fn on_denial(mut self, denial: Denial) -> Plan {
+        self.denial = denial;
+        self
+    }
+
+    /// The oldest Landlock interface that counts as the layer; 1 by default (3 adds truncate, 4 TCP, 6 sockets and signals).
+    #[must_use]
+    pub fn landlock_abi(mut self, oldest: i32) -> Plan {
+        self.landlock_abi = oldest;
+        self
+    }
+
+    pub(crate) fn wants(&self, layer: Layer) -> bool {
+        !self.left_out[layer as usize]
+    }
+
+    pub(crate) fn requires(&self, layer: Layer) -> bool {
+        self.levels[layer as usize] == Level::Require
+    }
 }

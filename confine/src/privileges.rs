@@ -1,72 +1,118 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! No way to more rights than an unprivileged user that owns nothing has.
+//! No more rights than an unprivileged user that owns nothing has, and no way to get some.
+//!
+//! Every function answers what is in force, or what is missing and why. The calls act on one thread, which is the process.
 
 use rustix::io::Errno;
-use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, dumpable_behavior, getegid, geteuid, getgroups, getrlimit, getuid,
+    set_dumpable_behavior, setrlimit,
+};
 use rustix::thread::{CapabilitySet, CapabilitySets, Gid, Uid};
 
 /// First of the user ids that no distribution hands out (systemd's table of uids calls 1879048192 to 2147483647 unused).
 /// The process id is added: two daemons are never the same user.
 const FIRST_UID: u32 = 1_900_000_000;
+/// Process ids stay below this (`PID_MAX_LIMIT` of Linux is 4,194,304).
+const UIDS: u32 = 200_000_000;
 /// The user to be where a container maps only few ids.
 const NOBODY: u32 = 65534;
-/// Most descriptors: they are this project's business.
+/// Most descriptors: how many are held is this project's business, but a table of them takes memory.
 const DESCRIPTORS: u64 = 1 << 20;
 
-/// What is in force, or what is missing and why.
-pub fn apply() -> Result<String, String> {
-    let failed = |what: &str| {
-        let what = what.to_owned();
-        move |e: Errno| format!("{what}: {e}")
-    };
-    let limits = rustix::process::getrlimit(Resource::Nofile);
-    let most = limits.maximum.map_or(DESCRIPTORS, |maximum| maximum.min(DESCRIPTORS));
-    setrlimit(Resource::Nofile, Rlimit { current: Some(most), maximum: Some(most) })
-        .map_err(failed("limit descriptors"))?;
-    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }).map_err(failed("limit core dumps"))?;
-    let user = if rustix::process::geteuid().is_root() { Some(become_nobody()?) } else { None };
-    drop_capabilities().map_err(failed("drop capabilities"))?;
-    rustix::thread::set_no_new_privs(true).map_err(failed("set no_new_privs"))?;
-    // Last: changing the user makes a process dumpable or not by itself.
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("make the process not dumpable"))?;
-    let user =
-        user.map_or_else(|| "the user who started it".to_owned(), |uid| format!("user {uid}, which owns nothing"));
-    Ok(format!("runs as {user}, without capabilities, no_new_privs, not dumpable, no core dumps"))
+type Applied = Result<String, String>;
+
+fn failed(what: &str) -> impl FnOnce(Errno) -> String {
+    move |e| format!("{what}: {e}")
+}
+
+pub fn limit() -> Applied {
+    let hard = getrlimit(Resource::Nofile).maximum;
+    let descriptors = hard.map_or(DESCRIPTORS, |hard| hard.min(DESCRIPTORS));
+    set_limit(Resource::Nofile, Some(descriptors)).map_err(failed("set the limit of descriptors"))?;
+    set_limit(Resource::Core, Some(0)).map_err(failed("set the limit of core dumps"))?;
+    // A write past this limit would be a signal that ends the process, not an error.
+    let longest = getrlimit(Resource::Fsize).maximum;
+    set_limit(Resource::Fsize, longest).map_err(failed("set the limit of file sizes"))?;
+    let files =
+        longest.map_or_else(|| "files of any size".to_owned(), |bytes| format!("files of {bytes} bytes at most"));
+    Ok(format!("no core dumps, {descriptors} descriptors, {files}"))
+}
+
+fn set_limit(resource: Resource, limit: Option<u64>) -> Result<(), Errno> {
+    setrlimit(resource, Rlimit { current: limit, maximum: limit })
 }
 
 /// Root's files belong to root even without capabilities: so be somebody else.
-fn become_nobody() -> Result<u32, String> {
-    rustix::thread::set_thread_groups(&[]).map_err(|e| format!("leave root's groups: {e}"))?;
-    let own = FIRST_UID + rustix::process::getpid().as_raw_nonzero().get().unsigned_abs() % 200_000_000;
-    // Every capability that is needed below is still there until the user has changed.
-    drop_bounding().map_err(|e| format!("empty the bounding set: {e}"))?;
-    let mut last = Errno::INVAL;
-    for id in [own, NOBODY] {
-        let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
-        let changed = rustix::thread::set_thread_res_gid(gid, gid, gid)
-            .and_then(|()| rustix::thread::set_thread_res_uid(uid, uid, uid));
-        match changed {
-            Ok(()) => return Ok(id),
-            Err(e) => last = e,
+pub fn change_user(run_as: Option<(u32, u32)>) -> Applied {
+    let current = (geteuid().as_raw(), getegid().as_raw());
+    let (uid, _) = match run_as {
+        Some((0, _) | (_, 0)) => return Err("the user to become is root, or its group is".into()),
+        Some(wanted) if wanted == current && getuid().as_raw() == wanted.0 => wanted,
+        Some(wanted) => {
+            become_user(wanted).map_err(|e| format!("become user {} of group {}: {e}", wanted.0, wanted.1))?
         }
-    }
-    Err(format!("become an unprivileged user: {last}"))
+        None if current.0 == 0 || getuid().is_root() => {
+            let own = FIRST_UID + rustix::process::getpid().as_raw_nonzero().get().unsigned_abs() % UIDS;
+            become_user((own, own))
+                .or_else(|_| become_user((NOBODY, NOBODY)))
+                .map_err(|e| format!("become another user than root: {e}"))?
+        }
+        None => return Ok(format!("runs as user {}, who started it, not as root", current.0)),
+    };
+    Ok(format!("runs as user {uid}, who owns nothing"))
 }
 
-fn drop_capabilities() -> Result<(), Errno> {
-    rustix::thread::clear_ambient_capability_set()?;
-    let none = CapabilitySet::empty();
-    rustix::thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+fn become_user((uid, gid): (u32, u32)) -> Result<(u32, u32), Errno> {
+    // Where a user namespace forbids it there may be nothing to leave.
+    match rustix::thread::set_thread_groups(&[]) {
+        Err(e) if getgroups().map_or(true, |groups| !groups.is_empty()) => return Err(e),
+        _ => {}
+    }
+    let (user, group) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    rustix::thread::set_thread_res_gid(group, group, group)?;
+    rustix::thread::set_thread_res_uid(user, user, user)?;
+    Ok((uid, gid))
 }
 
 /// Needs CAP_SETPCAP; a process without it cannot gain from its bounding set once no_new_privs is set.
-fn drop_bounding() -> Result<(), Errno> {
-    for capability in CapabilitySet::all().iter() {
-        match rustix::thread::remove_capability_from_bounding_set(capability) {
-            // Newer than the kernel.
-            Ok(()) | Err(Errno::INVAL) => {}
+pub fn empty_bounding_set() -> Result<(), Errno> {
+    for bit in 0..u64::BITS {
+        match rustix::thread::remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit)) {
+            Ok(()) => {}
+            // One more than the kernel has.
+            Err(Errno::INVAL) => break,
             Err(e) => return Err(e),
         }
     }
     Ok(())
+}
+
+pub fn drop_capabilities(bounding_empty: bool) -> Applied {
+    let none = CapabilitySet::empty();
+    let none = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    rustix::thread::clear_ambient_capability_set().map_err(failed("clear the ambient set"))?;
+    rustix::thread::set_capabilities(None, none).map_err(failed("drop capabilities"))?;
+    let left = rustix::thread::capabilities(None).map_err(failed("look at the capabilities that are left"))?;
+    if left != none {
+        return Err(format!("some are left: {left:?}"));
+    }
+    let bounding = if bounding_empty { "" } else { " but in the bounding set, which an ordinary user cannot empty" };
+    Ok(format!("none in any set{bounding}"))
+}
+
+pub fn set_no_new_privs() -> Applied {
+    rustix::thread::set_no_new_privs(true).map_err(failed("set no_new_privs"))?;
+    match rustix::thread::no_new_privs() {
+        Ok(true) => Ok("no program that it runs could have more rights".into()),
+        answer => Err(format!("it was set and reads {answer:?}")),
+    }
+}
+
+pub fn set_not_dumpable() -> Applied {
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("make the process not dumpable"))?;
+    match dumpable_behavior() {
+        Ok(DumpableBehavior::NotDumpable) => Ok("processes of its user cannot trace it or read its memory".into()),
+        answer => Err(format!("it was set and reads {answer:?}")),
+    }
 }

@@ -1,82 +1,172 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The system calls that are left. Everything else answers EPERM.
+//! The filter: what [`rules`] does not allow is refused.
 //!
-//! EPERM rather than death: a daemon that serves other clients goes on, and an attempt to get out can be reported. There is
-//! nothing behind the refused calls that a second try could reach.
+//! Refused means `EPERM` unless the plan says [`Denial::Kill`]: see there for the choice. Calls of another architecture
+//! (32-bit code in a 64-bit process) end the process in any case; those of the x32 ABI have numbers that no rule names.
 //!
-//! Arguments are looked at where a call is harmless only with some: memory is never executable, `fcntl` sets no flags of
-//! descriptors that are shared with others, `ioctl` asks block devices and nothing else, `clone` makes threads and no
-//! processes. `clone3` hides its arguments behind a pointer, so it answers ENOSYS and libc takes `clone`.
+//! `clone3` hides its flags behind a pointer, so nothing could tell a thread from a process. It answers `ENOSYS`, as on a
+//! kernel without it, and libc takes `clone`, whose flags are checked. A filter has one answer for what it refuses, so
+//! there are two filters.
 
 use std::collections::BTreeMap;
 
+use rustix::io::Errno;
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen as ArgLen, SeccompCmpOp as Op, SeccompCondition as Condition,
-    SeccompFilter, SeccompRule as Rule, TargetArch,
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen as Len, SeccompCmpOp as Op,
+    SeccompCondition as Condition, SeccompFilter, SeccompRule as Rule, TargetArch,
 };
-use sys::call as nr;
 
-use crate::Role;
+use crate::rules::{self, Allowed, Check};
+use crate::{Denial, Role};
 
 #[cfg(target_arch = "x86_64")]
 const ARCH: TargetArch = TargetArch::x86_64;
 #[cfg(target_arch = "aarch64")]
 const ARCH: TargetArch = TargetArch::aarch64;
 
+/// By call: the alternatives of which one must hold, none if it is always allowed.
 type Rules = BTreeMap<i64, Vec<Rule>>;
 
 /// What is in force, or what is missing and why.
-pub fn apply(role: Role) -> Result<String, String> {
-    let refuse = |e: &dyn std::fmt::Display| format!("the kernel refused the filter: {e}");
-    let no_clone3 = Rules::from([(nr::CLONE3, vec![])]);
-    let enosys = SeccompAction::Errno(rustix::io::Errno::NOSYS.raw_os_error().unsigned_abs());
-    let eperm = SeccompAction::Errno(rustix::io::Errno::PERM.raw_os_error().unsigned_abs());
-    let rules = allowed(role).map_err(|e| refuse(&e))?;
-    let count = rules.len();
-    // The stricter answer of two filters wins, so the first may allow what the second does not.
-    for (rules, matched, otherwise) in [(no_clone3, enosys, SeccompAction::Allow), (rules, SeccompAction::Allow, eperm)]
-    {
-        let filter = SeccompFilter::new(rules, otherwise, matched, ARCH).map_err(|e| refuse(&e))?;
-        let program: BpfProgram = filter.try_into().map_err(|e: seccompiler::BackendError| refuse(&e))?;
-        seccompiler::apply_filter_all_threads(&program).map_err(|e| refuse(&e))?;
-    }
-    Ok(format!("leaves {count} system calls, none of which opens anything"))
+pub fn apply(role: Role, denial: Denial) -> Result<String, String> {
+    install(role, denial)
+        .map(|calls| format!("leaves {calls} system calls, none of which opens anything"))
+        .map_err(|e| format!("the kernel refused the filter: {e}"))
 }
 
-/// Calls by name, and what their arguments must be.
-fn allowed(role: Role) -> Result<Rules, seccompiler::BackendError> {
+/// How many calls are left. Every thread that there is gets the filters, and those that will be inherit them.
+fn install(role: Role, denial: Denial) -> Result<usize, seccompiler::Error> {
+    let hidden = Rules::from([(libc::SYS_clone3, vec![])]);
+    let hidden = SeccompFilter::new(hidden, SeccompAction::Allow, errno(Errno::NOSYS), ARCH)?;
+    let rules = compile(rules::of(role))?;
+    let calls = rules.len();
+    let denied = match denial {
+        Denial::Refuse => errno(Errno::PERM),
+        Denial::Kill => SeccompAction::KillProcess,
+    };
+    let allowed = SeccompFilter::new(rules, denied, SeccompAction::Allow, ARCH)?;
+    // The stricter answer of two filters wins. Of two errnos it would be that of the filter that came last.
+    for filter in [hidden, allowed] {
+        seccompiler::apply_filter_all_threads(&BpfProgram::try_from(filter)?)?;
+    }
+    Ok(calls)
+}
+
+fn errno(errno: Errno) -> SeccompAction {
+    SeccompAction::Errno(errno.raw_os_error().unsigned_abs())
+}
+
+fn compile(tables: &[&[Allowed]]) -> Result<Rules, BackendError> {
     let mut rules = Rules::new();
-    for &call in nr::ALWAYS {
-        rules.insert(call, vec![]);
-    }
-    if role == Role::Daemon {
-        for &call in nr::DAEMON {
-            rules.insert(call, vec![]);
+    for &Allowed { call, checks } in tables.iter().copied().flatten() {
+        let alternatives = rules.entry(call).or_default();
+        for conditions in conjunctions(checks)? {
+            alternatives.push(Rule::new(conditions)?);
         }
-        rules.insert(nr::CLONE, vec![Rule::new(vec![bits(0, nr::CLONE_THREAD_FLAGS)?])?]);
-        rules.insert(nr::IOCTL, equal(1, nr::IOCTLS)?);
-        // Names of threads.
-        rules.insert(nr::PRCTL, equal(0, &[nr::PR_SET_NAME])?);
-        rules.insert(nr::GETSOCKOPT, equal(1, nr::SOCKET_LEVELS)?);
-        rules.insert(nr::SETSOCKOPT, equal(1, nr::SOCKET_LEVELS)?);
     }
-    rules.insert(nr::FCNTL, equal(1, nr::FCNTLS)?);
-    rules.insert(nr::MMAP, vec![Rule::new(vec![without(2, nr::PROT_EXEC)?])?]);
-    rules.insert(nr::MPROTECT, vec![Rule::new(vec![without(2, nr::PROT_EXEC)?])?]);
     Ok(rules)
 }
 
-/// Any of `values` in argument `index`.
-fn equal(index: u8, values: &[u64]) -> Result<Vec<Rule>, seccompiler::BackendError> {
-    values.iter().map(|&value| Rule::new(vec![Condition::new(index, ArgLen::Dword, Op::Eq, value)?])).collect()
+/// Every way in which all of `checks` can hold at once; none if there are no checks.
+fn conjunctions(checks: &[Check]) -> Result<Vec<Vec<Condition>>, BackendError> {
+    let Some((first, rest)) = checks.split_first() else { return Ok(Vec::new()) };
+    let rest = conjunctions(rest)?;
+    let mut all = Vec::new();
+    for condition in conditions(*first)? {
+        let head = vec![condition];
+        if rest.is_empty() {
+            all.push(head);
+        } else {
+            all.extend(rest.iter().map(|tail| [head.as_slice(), tail].concat()));
+        }
+    }
+    Ok(all)
 }
 
-/// All of `mask` set in argument `index`.
-fn bits(index: u8, mask: u64) -> Result<Condition, seccompiler::BackendError> {
-    Condition::new(index, ArgLen::Qword, Op::MaskedEq(mask), mask)
+/// The conditions of which one must hold for a check to hold.
+fn conditions(check: Check) -> Result<Vec<Condition>, BackendError> {
+    let low = |argument, op, value: u32| Condition::new(argument, Len::Dword, op, value.into());
+    match check {
+        Check::OneOf(argument, values) => {
+            values.iter().map(|value| low(argument, Op::Eq, value.cast_unsigned())).collect()
+        }
+        Check::Request(argument, values) => {
+            values.iter().map(|&value| Condition::new(argument, Len::Dword, Op::Eq, value)).collect()
+        }
+        Check::Without(argument, bits) => Ok(vec![low(argument, Op::MaskedEq(u64::from(bits.cast_unsigned())), 0)?]),
+        Check::Within(argument, bits) => Ok(vec![low(argument, Op::MaskedEq(u64::from(!bits.cast_unsigned())), 0)?]),
+        Check::Null(argument) => Ok(vec![Condition::new(argument, Len::Qword, Op::Eq, 0)?]),
+        Check::OwnProcess(argument) => {
+            let own = rustix::process::getpid().as_raw_nonzero().get();
+            Ok(vec![low(argument, Op::Eq, own.cast_unsigned())?])
+        }
+    }
 }
 
-/// None of `mask` set in argument `index`.
-fn without(index: u8, mask: u64) -> Result<Condition, seccompiler::BackendError> {
-    Condition::new(index, ArgLen::Qword, Op::MaskedEq(mask), 0)
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_line_without_checks_never_shares_its_call_with_a_line_that_has_some() {
+        // It would silently not count.
+        for role in [Role::Daemon, Role::Inspector] {
+            let lines: Vec<&Allowed> = rules::of(role).iter().copied().flatten().collect();
+            for line in &lines {
+                let same: Vec<_> = lines.iter().filter(|other| other.call == line.call).collect();
+                assert!(same.len() == 1 || same.iter().all(|line| !line.checks.is_empty()), "call {}", line.call);
+            }
+        }
+    }
+
+    #[test]
+    fn no_call_that_opens_starts_or_reaches_out_is_in_any_table() {
+        let never = [
+            libc::SYS_openat,
+            libc::SYS_openat2,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_name_to_handle_at,
+            libc::SYS_open_tree,
+            libc::SYS_fsopen,
+            libc::SYS_fsmount,
+            libc::SYS_mount,
+            libc::SYS_socket,
+            libc::SYS_socketpair,
+            libc::SYS_connect,
+            libc::SYS_bind,
+            libc::SYS_listen,
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_kill,
+            libc::SYS_ptrace,
+            libc::SYS_process_vm_readv,
+            libc::SYS_pidfd_open,
+            libc::SYS_pidfd_getfd,
+            libc::SYS_io_uring_setup,
+            libc::SYS_io_uring_register,
+            libc::SYS_memfd_create,
+            libc::SYS_userfaultfd,
+            libc::SYS_seccomp,
+            libc::SYS_unshare,
+            libc::SYS_setns,
+            libc::SYS_newfstatat,
+            libc::SYS_statx,
+            libc::SYS_fchmod,
+            libc::SYS_fchown,
+            libc::SYS_flock,
+        ];
+        for role in [Role::Daemon, Role::Inspector] {
+            let rules = compile(rules::of(role)).unwrap();
+            assert_eq!(never.iter().find(|call| rules.contains_key(call)), None);
+        }
+    }
+
+    #[test]
+    fn two_checks_of_several_values_hold_in_every_pair() {
+        let checks = [Check::OneOf(1, &[1, 2]), Check::OneOf(2, &[3, 4, 5])];
+        let all = conjunctions(&checks).unwrap();
+        assert_eq!(all.len(), 6);
+        assert!(all.iter().all(|conditions| conditions.len() == 2));
+    }
 }

@@ -176,8 +176,8 @@ fn read(arguments: impl IntoIterator<Item = OsString>, table: &Table<Daemon>) ->
                 plans.command("block-export-add", options);
             }
             "confine" => match value.as_str() {
-                "require" => plans.confinement.required = true,
-                "best-effort" => plans.confinement.required = false,
+                "require" => plans.confinement = Plan::new(Role::Daemon),
+                "best-effort" => plans.confinement = Plan::new(Role::Daemon).best_effort(),
                 _ => return Err(UsageError(format!("--confine takes 'require' or 'best-effort', not '{value}'"))),
             },
             "fd-policy" => match value.as_str() {

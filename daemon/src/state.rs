@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use block::Graph;
 use confine::Confined;
-use fdset::{Added, FdSets, Settings};
+use fdset::{Added, FdPolicy, FdSets, Settings};
 use qmp::{Error, NamedFds};
 use serde_json::{Value, json};
 
@@ -22,7 +22,9 @@ pub struct Daemon {
     /// The proof, and what it consists of.
     pub confined: Confined,
     /// What was passed for nodes.
-    pub fdsets: FdSets,
+    pub fdsets: Arc<FdSets>,
+    /// What the sets refuse.
+    pub policy: FdPolicy,
     /// The nodes.
     pub graph: Graph,
     /// The exports.
@@ -42,7 +44,8 @@ impl Daemon {
     pub fn new(confined: Confined, settings: Settings, wake: Arc<Wake>) -> Daemon {
         Daemon {
             confined,
-            fdsets: FdSets::with(settings),
+            fdsets: Arc::new(FdSets::with(settings)),
+            policy: settings.policy,
             graph: Graph::new(),
             exports: Exports::new(wake),
             quit: false,

@@ -3,7 +3,7 @@
 
 use std::io::{self, Write};
 
-use block::{Graph, NodeAccess, NodeSpec};
+use block::{Graph, Host, NodeAccess, NodeSpec};
 use confine::{Plan, Role};
 use serde_json::{Map, Value, json};
 
@@ -39,7 +39,7 @@ fn inspect(image: std::os::fd::OwnedFd, format: Option<&str>) -> block::Result<V
         name: None,
         driver: "file",
         access: NodeAccess::default(),
-        descriptor: Some(Box::new(image)),
+        host: Some(Host::fixed(image)),
         filename: "the image".into(),
         children: [].into(),
         detached: [].into(),

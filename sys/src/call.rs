@@ -76,6 +76,7 @@ pub const DAEMON: &[i64] = &[
     libc::SYS_accept4,
     libc::SYS_clock_nanosleep,
     libc::SYS_clone3,
+    libc::SYS_dup3,
     libc::SYS_eventfd2,
     libc::SYS_fallocate,
     libc::SYS_fdatasync,

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Mutex;
 
 /// Numbers already handed out by [`inherited`]: one owner each.
@@ -41,4 +41,15 @@ pub fn standard_input() -> io::Result<OwnedFd> {
     let null = std::fs::File::open("/dev/null")?;
     rustix::stdio::dup2_stdin(null)?;
     Ok(fd)
+}
+
+/// Puts the open file behind `new` also behind the number of `place`, close-on-exec; what was there is closed once no call is
+/// under way on it (dup3(2)). The number keeps its owner.
+///
+/// # Errors
+/// Those of dup3; then nothing has changed.
+pub fn replace(place: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: both numbers are open and stay owned by whom they were; only which open file `place` stands for changes.
+    let result = unsafe { libc::dup3(new.as_raw_fd(), place.as_raw_fd(), libc::O_CLOEXEC) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

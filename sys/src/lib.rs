@@ -2,13 +2,15 @@
 //! The one crate with `unsafe`: what Linux offers and neither std nor rustix wraps safely.
 //!
 //! Everything here is a thin function with a safe face. A module stands for one corner of the kernel:
-//! [`attempt`] makes calls that a confined process must not be able to make, [`call`] has numbers for seccomp filters,
+//! [`attempt`] makes calls that a confined process must not be able to make,
 //! [`fd`] takes ownership of inherited descriptors, [`file`] does positioned I/O that may refuse to sleep,
-//! [`disk`] asks block devices for their size, [`signal`] turns signals into a readable descriptor.
+//! [`disk`] asks block devices for their size, [`memory`] tells the allocator its limits, [`signal`] turns signals into a
+//! readable descriptor.
 
 pub mod attempt;
-pub mod call;
 pub mod disk;
 pub mod fd;
 pub mod file;
+pub mod lock;
+pub mod memory;
 pub mod signal;

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use crate::claims::Writes;
 use crate::driver::{
     Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared,
     Target, ZeroFlags,
@@ -32,9 +33,9 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
     name: "qcow2",
     summary: "QEMU's copy-on-write format, versions 2 and 3; read-only in this version",
     children: &[
-        ChildSpec { name: "file", required: true, written: true },
-        ChildSpec { name: "backing", required: false, written: false },
-        ChildSpec { name: "data-file", required: false, written: true },
+        ChildSpec { name: "file", required: true, writes: Writes::Metadata },
+        ChildSpec { name: "backing", required: false, writes: Writes::Never },
+        ChildSpec { name: "data-file", required: false, writes: Writes::Metadata },
     ],
     options: &[OptionSpec {
         name: "l2-cache-size",
@@ -65,12 +66,7 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
     let file = request.child("file")?;
     let header = Header::read(&file)?;
     if request.writable {
-        let why = if header.corrupt {
-            "qcow2: Image is corrupt; cannot be opened read/write"
-        } else {
-            "writing qcow2 is not supported by this version; open it with read-only"
-        };
-        return Err(Error::unsupported(why));
+        return Err(cannot_write(&header));
     }
     let backing = request.children.get("backing").cloned();
     if let (Some(name), None, false) = (&header.backing_name, &backing, request.detached.contains("backing")) {
@@ -111,6 +107,14 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         backing,
         l1,
     }))
+}
+
+fn cannot_write(header: &Header) -> Error {
+    Error::unsupported(if header.corrupt {
+        "qcow2: Image is corrupt; cannot be opened read/write"
+    } else {
+        "writing qcow2 is not supported by this version; open it with read-only"
+    })
 }
 
 /// At most 32 MiB, which the header's check has made sure of.
@@ -264,6 +268,10 @@ impl Driver for Qcow2 {
 
     fn flush(&self) -> io::Result<()> {
         Ok(())
+    }
+
+    fn reopen(&self, writable: bool) -> Result<()> {
+        if writable { Err(cannot_write(&self.header)) } else { Ok(()) }
     }
 
     fn info(&self) -> Info {

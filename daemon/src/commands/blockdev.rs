@@ -2,9 +2,10 @@
 //! `blockdev-add`, `blockdev-del`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use block::{DriverEntry, NodeAccess, NodeSpec, OptionKind, OptionValue, driver_named};
-use fdset::Access;
+use block::{DriverEntry, Host, NodeAccess, NodeSpec, OptionKind, OptionValue, Writes, driver_named};
+use fdset::{Access, FdPolicy, FdSets};
 use qmp::{Arguments, Call, Command, Definition, Error, Member, Type};
 use serde_json::{Map, Value};
 
@@ -19,7 +20,8 @@ pub fn commands() -> Vec<Command<Daemon>> {
     vec![
         Command::new(
             "blockdev-add",
-            "Opens a node. Files are opened from fd sets only, other nodes are named or nested; a name in an image is never followed.",
+            "Opens a node. Files are opened from fd sets only, other nodes are named or nested; a name in an image is never \
+             followed.",
             Arguments::Of("BlockdevOptions"),
             blockdev_add,
         ),
@@ -50,8 +52,22 @@ fn blockdev_del(daemon: &mut Daemon, call: Call<'_>) -> Result<Value, Error> {
 /// What a nested node takes over from its parent, unless its own options say otherwise.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Inherited {
-    read_only: bool,
-    unmap: bool,
+    pub read_only: bool,
+    pub unmap: bool,
+}
+
+impl Inherited {
+    /// What a child of a node takes over. Formats pass discards on with care, so what is below them may always unmap.
+    pub fn by_child(writes: Writes, read_only: bool) -> Inherited {
+        Inherited { read_only: read_only || writes == Writes::Never, unmap: true }
+    }
+}
+
+/// What requests may do to a node with these options.
+pub fn access(options: &Map<String, Value>, inherited: Inherited) -> NodeAccess {
+    let read_only = options.get("read-only").and_then(Value::as_bool).unwrap_or(inherited.read_only);
+    let discard = options.get("discard").and_then(Value::as_str);
+    NodeAccess { writable: !read_only, unmap: discard.map_or(inherited.unmap, |discard| discard == "unmap") }
 }
 
 /// Makes a node and those nested in its checked options; on an error none of them stays. Returns its name.
@@ -63,25 +79,23 @@ pub fn add_node(daemon: &mut Daemon, options: Map<String, Value>, inherited: Inh
     let text = |key: &str| options.get(key).and_then(Value::as_str);
     let driver = driver_named(text("driver").unwrap_or_default())
         .ok_or_else(|| Error::generic("Parameter 'driver' is missing"))?;
-    let read_only = options.get("read-only").and_then(Value::as_bool).unwrap_or(inherited.read_only);
-    let unmap = text("discard").map_or(inherited.unmap, |discard| discard == "unmap");
     let mut spec = NodeSpec {
         name: text("node-name").map(str::to_owned),
         driver: driver.name,
-        access: NodeAccess { writable: !read_only, unmap },
-        descriptor: None,
+        access: access(&options, inherited),
+        host: None,
         filename: text("filename").unwrap_or_default().to_owned(),
         children: BTreeMap::new(),
         detached: BTreeSet::new(),
-        options: block::Options::new(),
+        options: driver_options(driver, &options)?,
     };
     if driver.takes_descriptor {
-        let dup = open_fdset(daemon, &spec.filename, read_only)?;
-        spec.descriptor = Some(Box::new(dup));
+        let auto_read_only = options.get("auto-read-only") == Some(&Value::Bool(true));
+        let locking = text("locking") != Some("off");
+        spec.host = Some(host(daemon, &spec.filename, auto_read_only, locking)?);
     }
-    spec.options = driver_options(driver, &options)?;
     let mut nested = Vec::new();
-    match attach_children(daemon, driver, options, read_only, &mut spec, &mut nested)
+    match attach_children(daemon, driver, options, &mut spec, &mut nested)
         .and_then(|()| daemon.graph.add(spec).map_err(block_error))
     {
         Ok(node) => {
@@ -105,7 +119,6 @@ fn attach_children(
     daemon: &mut Daemon,
     driver: &DriverEntry,
     mut options: Map<String, Value>,
-    read_only: bool,
     spec: &mut NodeSpec,
     nested: &mut Vec<String>,
 ) -> Result<(), Error> {
@@ -123,9 +136,7 @@ fn attach_children(
                 name
             }
             Some(Value::Object(options)) => {
-                // Formats pass discards on with care, so what is below them may always unmap.
-                let inherited = Inherited { read_only: read_only || !child.written, unmap: true };
-                let name = add_node(daemon, options, inherited)?;
+                let name = add_node(daemon, options, Inherited::by_child(child.writes, !spec.access.writable))?;
                 nested.push(name.clone());
                 name
             }
@@ -136,23 +147,51 @@ fn attach_children(
     Ok(())
 }
 
-/// The dup of a set's descriptor that fits; every other name is refused, because there is nothing that could open it.
-fn open_fdset(daemon: &Daemon, filename: &str, read_only: bool) -> Result<fdset::Dup, Error> {
+/// Where a file node's descriptors come from: the set that `filename` names. Every other name is refused, because there is
+/// nothing that could open it.
+fn host(daemon: &Daemon, filename: &str, auto_read_only: bool, locking: bool) -> Result<Host, Error> {
     if !filename.starts_with(fdset::PREFIX) {
         let shown: String = filename.chars().take(200).flat_map(char::escape_debug).collect();
         return Err(Error::generic(format!(
-            "Could not open '{shown}': this daemon opens no files; open it yourself, pass the descriptor with add-fd, and \
-             give the filename /dev/fdset/ID"
+            "Could not open '{shown}': this daemon opens no files; open it yourself, pass the descriptor with add-fd, \
+             and give the filename /dev/fdset/ID"
         )));
     }
-    let access = if read_only { Access::READ_ONLY } else { Access::READ_WRITE };
-    daemon.fdsets.open_path(filename, access).map_err(|e| {
-        tracing::info!(filename, "{}", e.detail());
-        Error::generic(e.to_string())
-    })
+    let sets = Arc::clone(&daemon.fdsets);
+    let exclusive = daemon.policy == FdPolicy::Strict;
+    let filename = filename.to_owned();
+    Ok(Host::new(Box::new(move |writable| open_fdset(&sets, &filename, writable, exclusive)), auto_read_only, locking))
 }
 
-fn driver_options(driver: &DriverEntry, options: &Map<String, Value>) -> Result<block::Options, Error> {
+/// The dup of a set's descriptor that fits.
+fn open_fdset(sets: &FdSets, filename: &str, writable: bool, exclusive: bool) -> block::Result<block::Descriptor> {
+    let access = if writable { Access::READ_WRITE } else { Access::READ_ONLY };
+    let dup = sets.open_path(filename, access).map_err(|e| {
+        tracing::info!(filename, "{}", e.detail());
+        block::Error::invalid(e.to_string())
+    })?;
+    // Image locks say nothing between two users of one open file: so let there be only one that writes.
+    let users = sets
+        .set(dup.set_id())
+        .map_or(0, |set| set.dups().filter(|other| other.opened_from() == dup.opened_from()).count());
+    if writable && exclusive && users > 1 {
+        return Err(block::Error::new(
+            block::ErrorKind::InUse,
+            format!(
+                "Descriptor {} of {filename} is open for writing by another node already; pass a second descriptor that was \
+                 opened by itself",
+                dup.opened_from()
+            ),
+        ));
+    }
+    Ok(Box::new(dup))
+}
+
+/// The driver's own options, as the block layer takes them.
+///
+/// # Errors
+/// A number of bytes that is negative.
+pub fn driver_options(driver: &DriverEntry, options: &Map<String, Value>) -> Result<block::Options, Error> {
     let mut checked = block::Options::new();
     for spec in driver.options {
         let Some(value) = options.get(spec.name) else { continue };
@@ -175,14 +214,12 @@ fn refuse_unsupported(options: &Map<String, Value>) -> Result<(), Error> {
     let unsupported = |name: &str, value: &Value| {
         Err(Error::generic(format!("'{name}' = {value} is not supported by this version; leave it out")))
     };
-    for name in ["auto-read-only", "force-share"] {
-        if let Some(value @ Value::Bool(true)) = options.get(name) {
-            return unsupported(name, value);
-        }
+    if let Some(value @ Value::Bool(true)) = options.get("force-share") {
+        return unsupported("force-share", value);
     }
-    for (name, accepted) in [("detect-zeroes", &["off"][..]), ("aio", &["threads"]), ("locking", &["auto", "off"])] {
+    for (name, accepted) in [("detect-zeroes", "off"), ("aio", "threads")] {
         if let Some(value) = options.get(name)
-            && !value.as_str().is_some_and(|word| accepted.contains(&word))
+            && value.as_str() != Some(accepted)
         {
             return unsupported(name, value);
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `block-export-add`, `block-export-del`, `query-block-exports`.
 
-use block::Use;
+use block::{Use, User};
 use export::nbd::Settings;
 use export::nbd::proto::MAX_STRING;
 use qmp::{Arguments, Call, Command, Definition, Error, Event, Member, Type};
@@ -129,7 +129,8 @@ fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
             return Err(Error::generic(format!("export {what} '{}...' too long", shown(text))));
         }
     }
-    let usage = Use { user: format!("export '{id}'"), writes: writable, shares_writes: true };
+    let user = User::Export { id: id.clone() };
+    let usage = Use { user, writes: writable, resizes: false, shares_writes: true };
     if !daemon.exports.nbd_is_running() {
         return Err(Error::generic("NBD server not running"));
     }

@@ -9,6 +9,7 @@ mod fdset;
 mod nbd_server;
 mod node_query;
 mod options;
+mod reopen;
 
 use qmp::{Arguments, Command, Definition, Event, Table, Version};
 use serde_json::Value;
@@ -17,8 +18,6 @@ use crate::state::Daemon;
 
 /// QEMU's protocol version that is spoken: clients decide by it what they may send.
 const QEMU: (u32, u32, u32) = (10, 0, 2);
-
-pub use blockdev::add_node;
 
 /// The table of everything the monitor understands.
 ///
@@ -38,6 +37,7 @@ pub fn table() -> Table<Daemon> {
     let mut commands = vec![Command::new("quit", "Ends the daemon.", Arguments::NONE, quit)];
     commands.extend(fdset::commands());
     commands.extend(blockdev::commands());
+    commands.extend(reopen::commands());
     commands.extend(node_query::commands());
     commands.extend(nbd_server::commands());
     commands.extend(export::commands());

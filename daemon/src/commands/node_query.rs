@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `query-named-block-nodes`.
 
-use block::{BlockNode, Edge, InfoValue};
+use block::{BlockNode, InfoValue};
 use qmp::{Call, Command, Definition, Error, Member, Type};
 use serde_json::{Map, Value, json};
 
@@ -89,13 +89,12 @@ pub fn commands() -> Vec<Command<Daemon>> {
 }
 
 fn query(daemon: &mut Daemon, _: Call<'_>) -> Result<Value, Error> {
-    let nodes = daemon.graph.nodes();
-    Ok(nodes.iter().map(|(node, edges)| describe(daemon, node, edges)).collect())
+    Ok(daemon.graph.nodes().into_iter().map(|node| describe(daemon, node)).collect())
 }
 
-fn describe(daemon: &Daemon, node: &BlockNode, edges: &[&Edge]) -> Value {
-    let children: Vec<Value> =
-        edges.iter().map(|edge| json!({ "child": edge.name, "node-name": edge.child })).collect();
+fn describe(daemon: &Daemon, node: &BlockNode) -> Value {
+    let edges = daemon.graph.edges(node.name());
+    let children: Vec<Value> = edges.map(|edge| json!({ "child": edge.name, "node-name": edge.child })).collect();
     json!({
         "node-name": node.name(),
         "drv": node.driver_name(),

@@ -15,7 +15,11 @@ const BASE: [Member; 8] = [
     Member::optional("discard", Type::Named("BlockdevDiscardOptions"), "What a discard does; by default nothing."),
     Member::optional("cache", Type::Named("BlockdevCacheOptions"), "How the host caches."),
     Member::optional("read-only", Type::Bool, "Whether the image is never written; default false."),
-    Member::optional("auto-read-only", Type::Bool, "Not supported: must be false."),
+    Member::optional(
+        "auto-read-only",
+        Type::Bool,
+        "Read-only until somebody writes: the set then needs a descriptor of each kind.",
+    ),
     Member::optional("force-share", Type::Bool, "Not supported: must be false."),
     Member::optional("detect-zeroes", Type::Named("BlockdevDetectZeroesOptions"), "Only `off` is supported."),
 ];
@@ -68,7 +72,11 @@ fn members(driver: &DriverEntry) -> Vec<Member> {
     if driver.takes_descriptor {
         members.push(Member::required("filename", Type::Str, "`/dev/fdset/ID`: the set that holds the descriptor."));
         members.push(Member::optional("aio", Type::Named("BlockdevAioOptions"), "Only `threads` is supported."));
-        members.push(Member::optional("locking", Type::Named("OnOffAuto"), "`on` is not supported."));
+        members.push(Member::optional(
+            "locking",
+            Type::Named("OnOffAuto"),
+            "Whether image locks are taken, as QEMU takes them; default `auto`.",
+        ));
     }
     for child in driver.children {
         let ty = if child.name == "backing" { "BlockdevRefOrNull" } else { "BlockdevRef" };

@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
-use block::{BlockNode, Driver, Graph, NodeAccess, NodeSpec};
+use block::{BlockNode, Driver, Graph, Host, NodeAccess, NodeSpec};
 use export::Workers;
 use export::nbd::proto::{self, opt, rep};
 use export::nbd::{Export, Limits, Server, Settings};
@@ -37,7 +37,7 @@ impl Fixture {
                 name: Some("disk".into()),
                 driver: "file",
                 access: NodeAccess { writable, unmap: true },
-                descriptor: Some(Box::new(file.try_clone().unwrap())),
+                host: Some(Host::fixed(file.try_clone().unwrap())),
                 filename: "/dev/fdset/0".into(),
                 children: [].into(),
                 detached: [].into(),

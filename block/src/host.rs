@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Where a file node's descriptors come from, and which of them it holds at the moment.
+
+use std::os::fd::AsFd;
+
+use crate::claims::Demand;
+use crate::{BlockNode, Error, Result};
+
+/// A descriptor in use; dropping it closes it.
+pub type Descriptor = Box<dyn AsFd + Send + Sync>;
+
+/// Gives a descriptor that can be written, or one that cannot.
+pub type Opener = Box<dyn Fn(bool) -> Result<Descriptor> + Send + Sync>;
+
+/// The host's side of a file node.
+pub struct Host {
+    open: Opener,
+    /// Read-only until somebody writes (QAPI's `auto-read-only`).
+    auto_read_only: bool,
+    /// Whether the descriptor in use can be written.
+    writable: bool,
+    /// Whether image locks are taken.
+    locking: bool,
+}
+
+impl Host {
+    /// Descriptors come from `open`.
+    pub fn new(open: Opener, auto_read_only: bool, locking: bool) -> Host {
+        Host { open, auto_read_only, writable: false, locking }
+    }
+
+    /// One descriptor, for tests and for inspection: it serves whatever is asked.
+    pub fn fixed(descriptor: impl AsFd + Send + Sync + 'static) -> Host {
+        let descriptor = std::sync::Arc::new(descriptor);
+        Host::new(Box::new(move |_| Ok(Box::new(Shared(std::sync::Arc::clone(&descriptor))))), false, false)
+    }
+
+    /// The descriptor that a node starts with.
+    pub(crate) fn first(&mut self, writable: bool) -> Result<Descriptor> {
+        self.writable = writable && !self.auto_read_only;
+        (self.open)(self.writable)
+    }
+
+    /// Brings descriptor and locks in line with what the node's users do.
+    pub(crate) fn settle(&mut self, node: &BlockNode, demand: Demand) -> Result<()> {
+        if self.auto_read_only && node.writable() && self.writable != demand.writes {
+            return self.change(node, demand.writes, demand);
+        }
+        self.lock(node, demand)
+    }
+
+    /// Follows a node that becomes writable or read-only.
+    pub(crate) fn reopen(&mut self, node: &BlockNode, writable: bool, demand: Demand) -> Result<()> {
+        let wanted = writable && (!self.auto_read_only || demand.writes);
+        if wanted == self.writable { Ok(()) } else { self.change(node, wanted, demand) }
+    }
+
+    fn change(&mut self, node: &BlockNode, writable: bool, demand: Demand) -> Result<()> {
+        let descriptor = (self.open)(writable)?;
+        // Locks belong to the open file: they are given back on the old one before the new one is asked for them.
+        self.lock(node, Demand::default())?;
+        let before = node.driver().replace(descriptor)?;
+        match self.lock(node, demand) {
+            Ok(()) => {
+                self.writable = writable;
+                Ok(())
+            }
+            Err(e) => {
+                node.driver().replace(before)?;
+                self.lock(node, demand)?;
+                Err(e)
+            }
+        }
+    }
+
+    fn lock(&self, node: &BlockNode, demand: Demand) -> Result<()> {
+        if self.locking { node.driver().lock(demand).map_err(|e| Error::invalid(e.to_string())) } else { Ok(()) }
+    }
+}
+
+/// A descriptor with several holders.
+struct Shared<T>(std::sync::Arc<T>);
+
+impl<T: AsFd> AsFd for Shared<T> {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
