@@ -17,7 +17,8 @@ pub const DOORLESS: &str = env!("CARGO_BIN_EXE_doorless");
 /// Whether every one of `tools` is there. If not, the test that asks must return: a named skip on a user's machine, a failure
 /// in CI.
 pub fn judges(test: &str, tools: &[&str]) -> bool {
-    let paths: Vec<PathBuf> = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
+    let mut paths: Vec<PathBuf> = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
+    paths.extend(["/sbin".into(), "/usr/sbin".into()]);
     let missing: Vec<&&str> = tools.iter().filter(|tool| !paths.iter().any(|dir| dir.join(tool).is_file())).collect();
     if missing.is_empty() {
         return true;

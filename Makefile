@@ -1,0 +1,20 @@
+# What a user and CI run. `make` lists it.
+.PHONY: help test judges check demo bench
+
+help:
+	@echo 'make test    install the judges (Debian, apt), then check formatting, lints and every claim'
+	@echo 'make demo    the main job on a built-in disk'
+	@echo 'make bench   speed, side by side with the peers that are installed'
+	@echo 'make judges  install only what the tests judge with'
+
+test: judges
+	tools/run-tests
+
+judges:
+	tools/install-judges
+
+demo:
+	cargo run --release -- demo
+
+bench:
+	cargo bench --bench nbd

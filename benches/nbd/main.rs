@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Speed over NBD, side by side with the peers that are installed: `cargo bench --bench nbd -- --help`.
+//!
+//! Every round measures every server on every workload in turn, so that a machine whose speed drifts does so for all; ratios
+//! are taken within a round, and medians over rounds are printed. The load generator speaks plain NBD over a unix socket and
+//! checks what it reads. CPU is the server's own, all of its processes together.
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::cast_precision_loss, missing_docs, reason = "a benchmark")]
+
+mod load;
+mod report;
+mod servers;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use load::Workload;
+use report::Report;
+use servers::{Format, SERVERS, Server};
+
+const HELP: &str = "\
+Usage: cargo bench --bench nbd -- [--rounds N] [--seconds N] [--size MIB] [--only TEXT] [--dir DIR] [--json FILE]
+
+  --rounds N    rounds, each with every server and workload (default 3)
+  --seconds N   length of one measurement (default 2)
+  --size MIB    size of the disk (default 512)
+  --only TEXT   only workloads whose name contains TEXT
+  --dir DIR     where the disks are made (default: the temporary directory)
+  --json FILE   write every measurement there, too
+";
+
+/// Every workload. `qcow2` ones read allocated clusters of an image made by qemu-img.
+const WORKLOADS: &[Workload] = &[
+    Workload::new("4k randread qd1", Format::Raw, 4096, 1, 1, 0),
+    Workload::new("4k randread qd32", Format::Raw, 4096, 32, 1, 0),
+    Workload::new("4k randread qd32 x2", Format::Raw, 4096, 32, 2, 0),
+    Workload::new("4k randwrite qd32", Format::Raw, 4096, 32, 1, 100),
+    Workload::new("4k 70/30 qd32", Format::Raw, 4096, 32, 1, 30),
+    Workload::sequential("256k read qd8", Format::Raw, 256 << 10, 8, 0),
+    Workload::sequential("256k write qd8", Format::Raw, 256 << 10, 8, 100),
+    Workload::new("qcow2 4k randread qd32", Format::Qcow2, 4096, 32, 1, 0),
+    Workload::new("qcow2 4k randread qd32 x2", Format::Qcow2, 4096, 32, 2, 0),
+];
+
+struct Options {
+    rounds: usize,
+    seconds: u64,
+    size: u64,
+    only: String,
+    dir: PathBuf,
+    json: Option<PathBuf>,
+}
+
+fn main() {
+    let Some(options) = options() else { return print!("{HELP}") };
+    let dir = tempfile::Builder::new().prefix("doorless-bench").tempdir_in(&options.dir).unwrap();
+    let raw = dir.path().join("disk.raw");
+    load::make_disk(&raw, options.size << 20);
+    let qcow2 = servers::convert(&raw, &dir.path().join("disk.qcow2"));
+    if qcow2.is_none() {
+        println!("left out: qcow2 workloads (qemu-img is not installed)");
+    }
+    let servers: Vec<&Server> = SERVERS.iter().filter(|server| server.is_there()).collect();
+    for missing in SERVERS.iter().filter(|server| !server.is_there()) {
+        println!("left out: {} (not installed)", missing.name);
+    }
+    let mut report = Report::default();
+    for round in 1..=options.rounds {
+        for workload in WORKLOADS.iter().filter(|workload| workload.name.contains(&options.only)) {
+            let image = match workload.format {
+                Format::Raw => Some(&raw),
+                Format::Qcow2 => qcow2.as_ref(),
+            };
+            let Some(image) = image else { continue };
+            for server in servers.iter().filter(|server| server.reads(workload.format)) {
+                let running = server.start(image, workload.format, dir.path(), workload.writes == 0);
+                let measured = load::measure(&running, workload, Duration::from_secs(options.seconds));
+                report.add(round, workload.name, server.name, measured);
+                eprint!("\rround {round} of {}: {:<28} {:<22}", options.rounds, workload.name, server.name);
+            }
+        }
+    }
+    eprintln!("\r{:70}", "");
+    report.print();
+    if let Some(path) = options.json {
+        std::fs::write(path, report.json()).unwrap();
+    }
+}
+
+fn options() -> Option<Options> {
+    let mut options =
+        Options { rounds: 3, seconds: 2, size: 512, only: String::new(), dir: std::env::temp_dir(), json: None };
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        // Cargo adds this to every benchmark.
+        if argument == "--bench" {
+            continue;
+        }
+        let value = arguments.next()?;
+        match argument.as_str() {
+            "--rounds" => options.rounds = value.parse().ok()?,
+            "--seconds" => options.seconds = value.parse().ok()?,
+            "--size" => options.size = value.parse().ok()?,
+            "--only" => options.only = value,
+            "--dir" => options.dir = value.into(),
+            "--json" => options.json = Some(value.into()),
+            _ => return None,
+        }
+    }
+    Some(options)
+}

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A real guest mounts its disk from `doorless serve`, reads it, and writes to it.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod guest;
+mod harness;
+
+use std::process::Command;
+
+use guest::Kernel;
+use harness::{Scratch, Serve, judges, noise, run};
+
+/// An ext4 disk of 32 MiB with a file of noise: `disk.raw` in the directory, and the file's checksum as md5sum prints it.
+fn ext4_disk(scratch: &Scratch) -> String {
+    std::fs::create_dir(scratch.path("root")).unwrap();
+    std::fs::write(scratch.path("root/noise"), noise(5 << 20, 9)).unwrap();
+    let path = std::env::var("PATH").unwrap_or_default() + ":/sbin:/usr/sbin";
+    let made = Command::new("mke2fs")
+        .env("PATH", path)
+        .args(["-q", "-F", "-t", "ext4", "-d", &scratch.name("root"), &scratch.name("disk.raw"), "32M"])
+        .status()
+        .unwrap();
+    assert!(made.success());
+    run("md5sum", &[&scratch.name("root/noise")]).split_whitespace().next().unwrap().to_owned()
+}
+
+fn kernel(test: &str) -> Option<Kernel> {
+    if !judges(test, &["qemu-system-x86_64", "qemu-img", "busybox", "cpio", "debugfs", "md5sum"]) {
+        return None;
+    }
+    let kernel = Kernel::find();
+    if kernel.is_none() {
+        assert!(std::env::var_os("CI").is_none(), "{test} needs a cloud kernel, and CI must have it");
+        eprintln!("skipped: {test}: needs a kernel of linux-image-cloud-amd64 (make judges)");
+    }
+    kernel
+}
+
+#[test]
+fn a_guest_reads_a_qcow2_disk_under_its_own_snapshot() {
+    let Some(kernel) = kernel("a_guest_reads_a_qcow2_disk_under_its_own_snapshot") else { return };
+    let scratch = Scratch::new();
+    let checksum = ext4_disk(&scratch);
+    let image = scratch.name("disk.qcow2");
+    run("qemu-img", &["convert", "-c", "-O", "qcow2", &scratch.name("disk.raw"), &image]);
+    let before = std::fs::read(&image).unwrap();
+    let serve = Serve::start(&["--read-only", "--socket", &scratch.name("s"), &image]);
+    let drive = format!("format=raw,snapshot=on,file={}", serve.uri);
+    let said = guest::run(
+        &kernel,
+        &scratch,
+        &drive,
+        "mount -t ext4 /dev/vda /mnt; md5sum /mnt/noise; echo scribble > /mnt/new; sync; cat /mnt/new; umount /mnt",
+    );
+    assert!(said.contains(&checksum) && said.contains("scribble"), "{said}");
+    assert!(serve.interrupt().success());
+    assert!(std::fs::read(&image).unwrap() == before, "the image is as it was");
+}
+
+#[test]
+fn a_guest_writes_to_a_raw_disk_and_the_host_sees_it() {
+    let Some(kernel) = kernel("a_guest_writes_to_a_raw_disk_and_the_host_sees_it") else { return };
+    let scratch = Scratch::new();
+    let checksum = ext4_disk(&scratch);
+    let disk = scratch.name("disk.raw");
+    let serve = Serve::start(&["--format", "raw", "--socket", &scratch.name("s"), &disk]);
+    let drive = format!("format=raw,file={}", serve.uri);
+    let said = guest::run(
+        &kernel,
+        &scratch,
+        &drive,
+        "mount -t ext4 /dev/vda /mnt; md5sum /mnt/noise; echo 'written by the guest' > /mnt/new; sync; umount /mnt",
+    );
+    assert!(said.contains(&checksum), "{said}");
+    assert!(serve.interrupt().success());
+    let tool = |program: &str, arguments: &[&str]| {
+        let path = std::env::var("PATH").unwrap_or_default() + ":/sbin:/usr/sbin";
+        let output = Command::new(program).env("PATH", path).args(arguments).output().unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    assert_eq!(tool("debugfs", &["-R", "cat /new", &disk]).1, "written by the guest\n");
+    assert!(tool("e2fsck", &["-fn", &disk]).0, "the file system is clean");
+}
