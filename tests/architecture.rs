@@ -14,12 +14,12 @@ const ARROWS: &[(&str, &[&str])] = &[
         "doorless-daemon",
         &["doorless-block", "doorless-confine", "doorless-export", "doorless-qmp", "doorless-sys", "fdset"],
     ),
-    ("doorless-export", &["doorless-block", "doorless-sys"]),
+    ("doorless-export", &["doorless-block"]),
     ("doorless-block", &["doorless-sys"]),
     ("doorless-img", &["doorless-block", "doorless-confine", "doorless-sys"]),
-    ("doorless-qmp", &["doorless-sys"]),
+    ("doorless-qmp", &[]),
     ("doorless-confine", &["doorless-sys"]),
-    ("doorless-manager", &["doorless-confine", "doorless-qmp", "doorless-sys"]),
+    ("doorless-manager", &["doorless-qmp", "doorless-sys"]),
     ("doorless-sys", &[]),
     ("fdset", &[]),
 ];
@@ -66,7 +66,9 @@ fn crates_depend_on_each_other_only_along_the_arrows() {
         let name = package["name"].as_str().unwrap();
         let (_, allowed) =
             ARROWS.iter().find(|(from, _)| *from == name).unwrap_or_else(|| panic!("{name} has no place"));
-        for dependency in package["dependencies"].as_array().unwrap() {
+        // Tests may reach everything.
+        let built = package["dependencies"].as_array().unwrap().iter().filter(|to| to["kind"] != "dev");
+        for dependency in built {
             let to = dependency["name"].as_str().unwrap();
             assert!(!ours.contains(&to) || allowed.contains(&to), "{name} must not depend on {to}");
         }

@@ -13,7 +13,7 @@ use crate::host::Descriptor;
 use crate::{BlockNode, Error, Result, file, qcow2, raw};
 
 /// Every format, one line each: `blockdev-add`'s schema, its options and the reference docs follow from it.
-pub const DRIVERS: &[DriverEntry] = &[file::ENTRY, qcow2::ENTRY, raw::ENTRY];
+pub const DRIVERS: &[DriverEntry] = &[file::ENTRY, file::DEVICE_ENTRY, qcow2::ENTRY, raw::ENTRY];
 
 /// The driver called `name`, exactly.
 pub fn driver_named(name: &str) -> Option<&'static DriverEntry> {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The driver `file`: a regular file or memfd behind a passed descriptor.
+//! The drivers `file` and `host_device`: a regular file or memfd, or a block device, behind a passed descriptor.
 //!
 //! The descriptor shares its offset and status flags with whoever passed it, so all I/O is positioned and no flag is ever
 //! set. The size is taken once, at open.
@@ -24,7 +24,14 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
     options: &[],
     takes_descriptor: true,
     probe: |_| false,
-    open,
+    open: |request| open(request, FileType::RegularFile),
+};
+
+pub(crate) const DEVICE_ENTRY: DriverEntry = DriverEntry {
+    name: "host_device",
+    summary: "a block device, passed as a descriptor",
+    open: |request| open(request, FileType::BlockDevice),
+    ..ENTRY
 };
 
 /// QEMU's sector: lengths are rounded up to it, and what lies past the end of the file reads as zeroes.
@@ -39,16 +46,35 @@ struct File {
     len: u64,
 }
 
-fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
+/// The name of the driver for what `fd` is: `host_device` for a block device, else `file`.
+///
+/// # Errors
+/// `fstat` fails.
+pub fn host_driver(fd: impl AsFd) -> io::Result<&'static str> {
+    let stat = rustix::fs::fstat(fd)?;
+    let device = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+    Ok(if device { DEVICE_ENTRY.name } else { ENTRY.name })
+}
+
+fn open(request: OpenRequest, wanted: FileType) -> Result<Box<dyn Driver>> {
     let OpenRequest { descriptor, filename, .. } = request;
     let fd = descriptor.ok_or_else(|| Error::invalid("Parameter 'filename' is missing"))?;
     let stat = rustix::fs::fstat(fd.as_fd()).map_err(|e| Error::io("look at the descriptor", e.into()))?;
-    if !FileType::from_raw_mode(stat.st_mode).is_file() {
-        return Err(Error::invalid(format!("'file' driver requires '{filename}' to be a regular file")));
+    if FileType::from_raw_mode(stat.st_mode) != wanted {
+        return Err(Error::invalid(if wanted == FileType::RegularFile {
+            format!("'file' driver requires '{filename}' to be a regular file")
+        } else {
+            format!("'host_device' driver requires '{filename}' to be a block device")
+        }));
     }
-    let len = u64::try_from(stat.st_size)
-        .ok()
-        .and_then(|bytes| bytes.checked_next_multiple_of(SECTOR))
+    let size = match wanted {
+        FileType::BlockDevice => {
+            sys::disk::size(fd.as_fd()).map_err(|e| Error::io("ask the device for its size", e))?
+        }
+        _ => u64::try_from(stat.st_size).unwrap_or(u64::MAX),
+    };
+    let len = size
+        .checked_next_multiple_of(SECTOR)
         .filter(|&bytes| i64::try_from(bytes).is_ok())
         .ok_or_else(|| Error::unsupported(format!("'{filename}' is larger than 2^63-512 bytes")))?;
     Ok(Box::new(File { fd, latest: Mutex::default(), locks: ImageLocks::default(), len }))
@@ -92,7 +118,11 @@ impl Driver for File {
             return Ok(());
         }
         // A hole between the end of the file and the node's rounded end needs no zeroes: it reads as zeroes already.
-        Ok(rustix::fs::fallocate(fd, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len)?)
+        match rustix::fs::fallocate(fd, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len) {
+            // A device zeroes whole blocks only; the rest is written.
+            Err(Errno::INVAL) => Err(Errno::OPNOTSUPP.into()),
+            other => Ok(other?),
+        }
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -102,7 +132,7 @@ impl Driver for File {
             offset,
             len,
         ) {
-            Err(Errno::OPNOTSUPP) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::INVAL) => Ok(()),
             other => Ok(other?),
         }
     }

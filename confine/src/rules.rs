@@ -102,7 +102,7 @@ pub const READING: &[Allowed] = &[
     // By descriptor; the call that glibc would rather make takes a path.
     always(libc::SYS_fstat),
     always(libc::SYS_fstatfs),
-    when(libc::SYS_ioctl, &[Request(1, &[sys::disk::BLKGETSIZE64, sys::disk::BLKSSZGET])]),
+    when(libc::SYS_ioctl, &[Request(1, &[sys::disk::BLKGETSIZE64])]),
     always(libc::SYS_lseek),
     always(libc::SYS_pread64),
     always(libc::SYS_preadv),
@@ -126,7 +126,6 @@ const WRITING: &[Allowed] = &[
     always(libc::SYS_fdatasync),
     always(libc::SYS_fsync),
     always(libc::SYS_ftruncate),
-    when(libc::SYS_ioctl, &[Request(1, &[sys::disk::BLKDISCARD, sys::disk::BLKZEROOUT])]),
     always(libc::SYS_pwrite64),
     always(libc::SYS_pwritev),
     always(libc::SYS_pwritev2),

@@ -35,9 +35,10 @@ pub fn run(format: Option<&str>, best_effort: bool) -> Result<(), InspectError> 
 
 fn inspect(image: std::os::fd::OwnedFd, format: Option<&str>) -> block::Result<Value> {
     let mut graph = Graph::new();
+    let driver = block::host_driver(&image).map_err(|e| block::Error::io("look at the image", e))?;
     let file = graph.add(NodeSpec {
         name: None,
-        driver: "file",
+        driver,
         access: NodeAccess::default(),
         host: Some(Host::fixed(image)),
         filename: "the image".into(),

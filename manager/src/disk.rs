@@ -43,7 +43,7 @@ fn file(daemon: &mut Daemon, opened: &Opened) -> Result<Value> {
     let opaque = format!("doorless:{device}:{inode}:{}", opened.path.display());
     let added = daemon.execute("add-fd", json!({ "opaque": opaque }), &[opened.file.as_fd()])?;
     Ok(json!({
-        "driver": "file",
+        "driver": if opened.device { "host_device" } else { "file" },
         "filename": format!("/dev/fdset/{}", added["fdset-id"]),
         "read-only": opened.rights == Rights::ReadOnly,
         "discard": "unmap",

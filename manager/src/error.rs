@@ -7,16 +7,16 @@ use std::path::PathBuf;
 /// The manager's result.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why something was not done.
+/// Why something was not done. What lies behind it is its `source`, so print the whole chain.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A file could not be opened or looked at.
-    #[error("could not open '{}'{}: {source}", path.display(), purpose)]
+    #[error("could not open '{}'{}", path.display(), purpose)]
     Open {
         /// The file.
         path: PathBuf,
-        /// For what, with a leading blank; may be empty.
+        /// For what or why in vain, with a leading blank; may be empty.
         purpose: &'static str,
         /// Why.
         source: io::Error,
@@ -25,7 +25,7 @@ pub enum Error {
     #[error("{0}")]
     Refused(String),
     /// The inspector or the daemon could not be started or died.
-    #[error("{doing}: {source}")]
+    #[error("{doing}")]
     Process {
         /// What was being done.
         doing: &'static str,
@@ -41,7 +41,7 @@ pub enum Error {
         text: String,
     },
     /// The daemon refused a command.
-    #[error("the daemon refused {command}: {source}")]
+    #[error("the daemon refused {command}")]
     Daemon {
         /// The command.
         command: String,

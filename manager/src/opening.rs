@@ -30,15 +30,17 @@ pub struct Opened {
     pub identity: (u64, u64),
     /// Its rights.
     pub rights: Rights,
+    /// Whether it is a block device.
+    pub device: bool,
 }
 
 /// Opens the file that the user named. Links are followed: it is the user's own word.
 ///
 /// # Errors
-/// It cannot be opened, or is not a regular file.
+/// It cannot be opened, or is neither a regular file nor a block device.
 pub fn open_named(path: &Path, rights: Rights) -> Result<Opened> {
     let fd = rustix::fs::open(path, flags(rights), Mode::empty()).map_err(|e| failed(path, e))?;
-    checked(fd, path.to_owned(), rights)
+    checked(fd, path.to_owned(), rights, true)
 }
 
 /// Opens `name`, which an image names, read-only: beneath one of `roots`, through no link of any kind.
@@ -46,7 +48,7 @@ pub fn open_named(path: &Path, rights: Rights) -> Result<Opened> {
 /// `base` is the directory of the image that names it, for a relative name.
 ///
 /// # Errors
-/// The name is no plain path, leads out of every root or through a link, or cannot be opened.
+/// The name is no plain path, is no regular file, leads out of every root or through a link, or cannot be opened.
 pub fn open_beneath(roots: &[PathBuf], base: &Path, name: &str) -> Result<Opened> {
     let shown = || name.escape_debug().to_string();
     if let Some((protocol, _)) = name.split_once(':').filter(|(protocol, _)| !protocol.contains('/')) {
@@ -70,7 +72,7 @@ pub fn open_beneath(roots: &[PathBuf], base: &Path, name: &str) -> Result<Opened
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     let fd = rustix::fs::openat2(&directory, inside, flags(Rights::ReadOnly), Mode::empty(), resolve)
         .map_err(|e| failed(&path, e))?;
-    checked(fd, path, Rights::ReadOnly)
+    checked(fd, path, Rights::ReadOnly, false)
 }
 
 /// O_NONBLOCK keeps a FIFO from holding us up; on regular files it means nothing.
@@ -82,24 +84,25 @@ fn flags(rights: Rights) -> OFlags {
     access | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK
 }
 
-fn checked(fd: OwnedFd, path: PathBuf, rights: Rights) -> Result<Opened> {
+fn checked(fd: OwnedFd, path: PathBuf, rights: Rights, devices: bool) -> Result<Opened> {
     let stat = rustix::fs::fstat(&fd).map_err(|e| failed(&path, e))?;
-    let kind = FileType::from_raw_mode(stat.st_mode);
-    if kind != FileType::RegularFile {
-        return Err(Error::Refused(format!(
-            "'{}' is a {}; only regular files are served by this version",
-            path.display(),
-            match kind {
-                FileType::Directory => "directory",
-                FileType::BlockDevice => "block device",
-                FileType::CharacterDevice => "character device",
-                FileType::Fifo => "FIFO",
-                FileType::Socket => "socket",
-                _ => "file of another kind",
-            }
-        )));
-    }
-    Ok(Opened { file: fd.into(), path, identity: (stat.st_dev, stat.st_ino), rights })
+    let kind = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => {
+            return Ok(Opened { file: fd.into(), path, identity: (stat.st_dev, stat.st_ino), rights, device: false });
+        }
+        // The device, not the name it has: two names are one disk.
+        FileType::BlockDevice if devices => {
+            return Ok(Opened { file: fd.into(), path, identity: (0, stat.st_rdev), rights, device: true });
+        }
+        FileType::BlockDevice => "block device, which an image may not name",
+        FileType::Directory => "directory",
+        FileType::CharacterDevice => "character device",
+        FileType::Fifo => "FIFO",
+        FileType::Socket => "socket",
+        _ => "file of another kind",
+    };
+    let wanted = if devices { "a disk is a regular file or a block device" } else { "only regular files are opened" };
+    Err(Error::Refused(format!("'{}' is a {kind}; {wanted}", path.display())))
 }
 
 /// Takes `.` and `..` out without asking the file system: no link is followed anyway when the result is opened.
@@ -132,7 +135,10 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     fn refusal(result: Result<Opened>) -> String {
-        result.unwrap_err().to_string()
+        let error = result.unwrap_err();
+        std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source())
+            .map(|error| format!("{error}: "))
+            .collect()
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! A disk image on an NBD socket: open, pass, export.
 
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -131,8 +132,9 @@ fn listen(path: &Path) -> Result<UnixListener> {
     let failed = |source| Error::Open { path: path.to_owned(), purpose: " to listen there", source };
     match UnixListener::bind(path) {
         Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
-            let dead = std::os::unix::net::UnixStream::connect(path)
-                .is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused);
+            // Connecting to a file that is no socket is refused in the same way, and a file is not ours to remove.
+            let dead = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
+                && UnixStream::connect(path).is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused);
             if !dead {
                 return Err(failed(e));
             }
