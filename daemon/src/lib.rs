@@ -15,3 +15,4 @@ pub mod state;
 mod wake;
 
 pub use command_line::{UsageError, run};
+pub use wake::Wake;

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Every input that ever mattered, once more: none makes a parser panic, hang or leave its rules.
+#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
+
+mod fuzzed;
+
+use std::path::Path;
+
+/// Feeds every file of a corpus, in order of names.
+fn replay(target: &str, feed: fn(&[u8])) {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
+    let mut files: Vec<_> = std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    assert!(files.len() >= 10, "{} has lost its inputs", directory.display());
+    for file in files {
+        // The last line of a failing test's output says which input it was.
+        println!("{}", file.display());
+        feed(&std::fs::read(&file).unwrap());
+    }
+}
+
+#[test]
+fn the_parser_of_qmp_survives_its_corpus() {
+    replay("qmp_parser", fuzzed::qmp_parser);
+}
+
+#[test]
+fn the_monitor_survives_its_corpus() {
+    replay("monitor", fuzzed::monitor);
+}
+
+#[test]
+fn the_nbd_handshake_survives_its_corpus() {
+    replay("nbd_handshake", fuzzed::nbd_handshake);
+}
+
+#[test]
+fn nbd_transmission_survives_its_corpus() {
+    replay("nbd_requests", fuzzed::nbd_requests);
+}
+
+#[test]
+fn the_formats_survive_their_corpus() {
+    replay("image", fuzzed::image);
+}

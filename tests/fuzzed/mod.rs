@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! One function for each place where foreign bytes come in. The fuzz targets feed them forever (fuzz/README.md); the test
+//! `corpora` feeds them what is committed.
+#![allow(dead_code, missing_docs, clippy::unwrap_used, unreachable_pub)]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use block::{BlockNode, Graph, Host, NodeAccess, NodeSpec, inspect};
+use confine::{Plan, Role};
+use daemon::monitor::{Monitor, Source};
+use daemon::state::Daemon;
+use export::Workers;
+use export::nbd::{Limits, Server, Settings};
+use fdset::FdPolicy;
+use qmp::Parser;
+
+/// Bytes from a monitor's client, cut into messages.
+pub fn qmp_parser(data: &[u8]) {
+    let mut parser = Parser::new();
+    let mut rest = data;
+    while !rest.is_empty() {
+        let (used, message) = parser.feed(rest);
+        assert!(used > 0 || message.is_some(), "the parser stands still");
+        rest = &rest[used..];
+    }
+    parser.finish();
+}
+
+/// A monitor's client, with descriptors: a byte 0xFF passes one and says by the byte after it what kind.
+pub fn monitor(data: &[u8]) {
+    // A fuzzer must go on writing its corpus, so nothing is given up; the proof says so.
+    let confined = confine::confine(&Plan::new(Role::Daemon).only(&[]).best_effort()).unwrap();
+    let table = daemon::commands::table();
+    let settings = fdset::Settings { policy: FdPolicy::Strict, ..Default::default() };
+    let wake = Arc::new(daemon::Wake::new().unwrap());
+    let mut daemon = Daemon::new(confined, settings, wake);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut monitor = Monitor::new(0, Source::Connected(theirs.into()), false, &table).unwrap();
+    let mut answers = ours.try_clone().unwrap();
+    let reader = std::thread::spawn(move || {
+        let _ = answers.read_to_end(&mut Vec::new());
+    });
+    let mut rest = data;
+    while !rest.is_empty() && !monitor.is_over() {
+        let plain = rest.iter().position(|&byte| byte == 0xFF).unwrap_or(rest.len());
+        let sent = match plain {
+            0 => {
+                let fd = descriptor(rest.get(1).copied().unwrap_or(0));
+                let sent = send(&ours, b" ", Some(&fd));
+                rest = &rest[rest.len().min(2)..];
+                sent
+            }
+            _ => {
+                let (now, later) = rest.split_at(plain.min(4096));
+                rest = later;
+                send(&ours, now, None)
+            }
+        };
+        if !sent {
+            break;
+        }
+        drain(&mut monitor, &table, &mut daemon);
+    }
+    ours.shutdown(Shutdown::Write).unwrap();
+    while !monitor.is_over() {
+        drain(&mut monitor, &table, &mut daemon);
+    }
+    drop(ours);
+    reader.join().unwrap();
+}
+
+fn drain(monitor: &mut Monitor, table: &qmp::Table<Daemon>, daemon: &mut Daemon) {
+    loop {
+        let answer = monitor.advance(table, daemon);
+        daemon.reap_exports();
+        monitor.answer(&answer);
+        monitor.flush();
+        if !monitor.is_busy() || daemon.quit {
+            break;
+        }
+    }
+}
+
+fn send(socket: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) -> bool {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let fds: Vec<_> = fd.iter().map(|fd| fd.as_fd()).collect();
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+    }
+    sendmsg(socket, &[std::io::IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL).is_ok()
+}
+
+fn descriptor(kind: u8) -> OwnedFd {
+    match kind {
+        b'n' => File::open("/dev/null").unwrap().into(),
+        b'd' => File::open("/").unwrap().into(),
+        b's' => UnixStream::pair().unwrap().0.into(),
+        b'q' => memory(include_bytes!("../../fixtures/demo.qcow2")).into(),
+        _ => memory(&[0; 4096]).into(),
+    }
+}
+
+fn memory(content: &[u8]) -> File {
+    let fd = rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let mut file = File::from(fd);
+    file.write_all(content).unwrap();
+    file
+}
+
+/// An NBD client from its first byte.
+pub fn nbd_handshake(data: &[u8]) {
+    talk(&[data]);
+}
+
+/// An NBD client that has chosen the export; `data` are its requests.
+pub fn nbd_requests(data: &[u8]) {
+    // The handshake's flags, then NBD_OPT_STRUCTURED_REPLY, NBD_OPT_SET_META_CONTEXT and NBD_OPT_GO for the export "".
+    const CHOSEN: &[u8] = b"\0\0\0\x03\
+        IHAVEOPT\0\0\0\x08\0\0\0\0\
+        IHAVEOPT\0\0\0\x0a\0\0\0\x1b\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation\
+        IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0";
+    talk(&[CHOSEN, data]);
+}
+
+/// Says all of `pieces` to a server with one writable export, and hears what it has to say.
+fn talk(pieces: &[&[u8]]) {
+    static SERVER: OnceLock<Mutex<(Server, std::path::PathBuf)>> = OnceLock::new();
+    let server = SERVER.get_or_init(|| {
+        let directory = tempfile::tempdir().unwrap().keep();
+        let path = directory.join("nbd");
+        let listener = UnixListener::bind(&path).unwrap();
+        let limits = Limits { connections: 4, ..Limits::default() };
+        let server = Server::start(listener.into(), limits, Workers::new(), || ()).unwrap();
+        let node = node(&mut Graph::new(), "file", Some(memory(&[7; 1 << 20])), &[], true).unwrap();
+        server.add(Settings { name: String::new(), description: None, node, writable: true }).unwrap();
+        Mutex::new((server, path))
+    });
+    let server = server.lock().unwrap_or_else(PoisonError::into_inner);
+    let socket = UnixStream::connect(&server.1).unwrap();
+    let mut answers = socket.try_clone().unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut sink = [0; 65536];
+        while answers.read(&mut sink).is_ok_and(|read| read > 0) {}
+    });
+    let mut writer = &socket;
+    for piece in pieces {
+        if writer.write_all(piece).is_err() {
+            break;
+        }
+    }
+    let _ = socket.shutdown(Shutdown::Write);
+    reader.join().unwrap();
+}
+
+/// Adds a node of its driver's name over `file`, or over the nodes called `children`.
+fn node(
+    graph: &mut Graph,
+    driver: &'static str,
+    file: Option<File>,
+    children: &[&'static str],
+    writable: bool,
+) -> block::Result<Arc<BlockNode>> {
+    graph.add(NodeSpec {
+        name: Some(driver.into()),
+        driver,
+        access: NodeAccess { writable, unmap: true },
+        host: file.map(Host::fixed),
+        filename: "/dev/fdset/0".into(),
+        children: children.iter().map(|&edge| (edge, "file".to_owned())).collect(),
+        detached: ["backing"].into(),
+        options: [].into(),
+    })
+}
+
+/// An image of unknown format: probed, then opened and read as what it seems to be, then as qcow2.
+pub fn image(data: &[u8]) {
+    let mut graph = Graph::new();
+    let file = node(&mut graph, "file", Some(memory(data)), &[], false).unwrap();
+    let _ = inspect(&file, None);
+    let opened = node(&mut graph, "qcow2", None, &["file"], false)
+        // An external data file, perhaps.
+        .or_else(|_| node(&mut graph, "qcow2", None, &["file", "data-file"], false));
+    let Ok(disk) = opened else { return };
+    // The whole of a small disk; both ends of a large one.
+    let len = disk.len();
+    let mut buffer = vec![0; 1 << 20];
+    for start in [0, len.saturating_sub(buffer.len() as u64)] {
+        let take = usize::try_from(len.min(buffer.len() as u64)).unwrap();
+        let _ = disk.read(&mut buffer[..take], start, block::Wait::Allowed);
+        let mut at = start;
+        while at < start + take as u64 {
+            let Ok(status) = disk.status(at, start + take as u64 - at) else { break };
+            assert!(status.len > 0, "block status stands still at {at}");
+            at += status.len;
+        }
+    }
+}
