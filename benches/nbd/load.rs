@@ -127,18 +127,27 @@ struct Flight {
 }
 
 impl Connection {
-    /// Negotiates the default export with simple replies.
+    /// Negotiates the default export with simple replies; asks again while the server listens but has no export yet, as
+    /// qemu-storage-daemon does between two of its options.
     fn open(path: &Path) -> Connection {
-        let mut socket = UnixStream::connect(path).unwrap();
+        let asked = Instant::now();
+        loop {
+            match Connection::try_open(path) {
+                Ok(connection) => return connection,
+                Err(error) => assert!(asked.elapsed() < Duration::from_secs(5), "no export: {error}"),
+            }
+        }
+    }
+
+    fn try_open(path: &Path) -> std::io::Result<Connection> {
+        let mut socket = UnixStream::connect(path)?;
         let mut greeting = [0; 18];
-        socket.read_exact(&mut greeting).unwrap();
+        socket.read_exact(&mut greeting)?;
         // Fixed newstyle without zeroes, then NBD_OPT_EXPORT_NAME of the empty name.
-        socket
-            .write_all(&[&3u32.to_be_bytes()[..], b"IHAVEOPT", &1u32.to_be_bytes(), &0u32.to_be_bytes()].concat())
-            .unwrap();
+        socket.write_all(&[&3u32.to_be_bytes()[..], b"IHAVEOPT", &1u32.to_be_bytes(), &0u32.to_be_bytes()].concat())?;
         let mut export = [0; 10];
-        socket.read_exact(&mut export).unwrap();
-        Connection { socket, size: u64::from_be_bytes(export[..8].try_into().unwrap()) }
+        socket.read_exact(&mut export)?;
+        Ok(Connection { socket, size: u64::from_be_bytes(export[..8].try_into().unwrap()) })
     }
 
     fn read_and_check(&mut self, offset: u64, len: usize) {
