@@ -119,7 +119,7 @@ impl Graph {
             options: options.clone(),
             writable: spec.access.writable,
         };
-        let descriptor = spec.host.as_mut().map(|host| host.first(spec.access.writable)).transpose();
+        let descriptor = spec.host.as_mut().map(|host| host.first(spec.access.writable, &name)).transpose();
         match descriptor.and_then(|descriptor| (driver.open)(request(descriptor))) {
             Ok(opened) => {
                 let node = Arc::new(BlockNode::new(name.clone(), driver.name, filename, spec.access, opened));

@@ -9,8 +9,8 @@ use crate::{BlockNode, Error, Result};
 /// A descriptor in use; dropping it closes it.
 pub type Descriptor = Box<dyn AsFd + Send + Sync>;
 
-/// Gives a descriptor that can be written, or one that cannot.
-pub type Opener = Box<dyn Fn(bool) -> Result<Descriptor> + Send + Sync>;
+/// Gives a descriptor that can be written, or one that cannot, to the node of this name.
+pub type Opener = Box<dyn Fn(bool, &str) -> Result<Descriptor> + Send + Sync>;
 
 /// The host's side of a file node.
 pub struct Host {
@@ -32,13 +32,13 @@ impl Host {
     /// One descriptor, for tests and for inspection: it serves whatever is asked.
     pub fn fixed(descriptor: impl AsFd + Send + Sync + 'static) -> Host {
         let descriptor = std::sync::Arc::new(descriptor);
-        Host::new(Box::new(move |_| Ok(Box::new(Shared(std::sync::Arc::clone(&descriptor))))), false, false)
+        Host::new(Box::new(move |_, _| Ok(Box::new(Shared(std::sync::Arc::clone(&descriptor))))), false, false)
     }
 
-    /// The descriptor that a node starts with.
-    pub(crate) fn first(&mut self, writable: bool) -> Result<Descriptor> {
+    /// The descriptor that the node called `name` starts with.
+    pub(crate) fn first(&mut self, writable: bool, name: &str) -> Result<Descriptor> {
         self.writable = writable && !self.auto_read_only;
-        (self.open)(self.writable)
+        (self.open)(self.writable, name)
     }
 
     /// Brings descriptor and locks in line with what the node's users do.
@@ -56,7 +56,7 @@ impl Host {
     }
 
     fn change(&mut self, node: &BlockNode, writable: bool, demand: Demand) -> Result<()> {
-        let descriptor = (self.open)(writable)?;
+        let descriptor = (self.open)(writable, node.name())?;
         // Locks belong to the open file: they are given back on the old one before the new one is asked for them.
         self.lock(node, Demand::default())?;
         let before = node.driver().replace(descriptor)?;

@@ -73,10 +73,11 @@ impl FdInfo {
 }
 
 /// A live dup of a set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DupInfo {
     pub(crate) number: i32,
     pub(crate) opened_from: i32,
+    pub(crate) user: Option<Box<str>>,
 }
 
 impl DupInfo {
@@ -88,5 +89,10 @@ impl DupInfo {
     /// The number that the set's descriptor had when the dup was made; it may have been removed since.
     pub fn opened_from(&self) -> i32 {
         self.opened_from
+    }
+
+    /// Who opened it, as told to [`open_for`](crate::FdSets::open_for).
+    pub fn user(&self) -> Option<&str> {
+        self.user.as_deref()
     }
 }

@@ -12,8 +12,8 @@ use crate::policy::refusal;
 use crate::state::State;
 use crate::table::About;
 use crate::{
-    Access, Dup, Error, FdPolicy, Identity, InUse, Keeper, Lifetime, Peer, Provenance, Quotas, Refused, Rights,
-    SetInfo, path,
+    Access, Dup, DupInfo, Error, FdPolicy, Identity, InUse, Keeper, Lifetime, Peer, Provenance, Quotas, Refused,
+    Rights, SetInfo, path,
 };
 
 /// What the sets allow and how long they keep it. The default is QEMU's: everything, for ever.
@@ -140,6 +140,18 @@ impl FdSets {
     /// [`Error::NoSuchSet`]; [`Error::NoMatch`]; [`Error::Dup`] with `EINVAL` if the match was opened with other `O_SYNC` or
     /// `O_DSYNC` bits, with `EMFILE` if the process has no number left.
     pub fn open(&self, id: i64, access: Access) -> Result<Dup, Error> {
+        self.open_as(id, access, None)
+    }
+
+    /// [`open`](FdSets::open), saying who will use the dup: listings show it.
+    ///
+    /// # Errors
+    /// Those of `open`.
+    pub fn open_for(&self, id: i64, access: Access, user: &str) -> Result<Dup, Error> {
+        self.open_as(id, access, Some(user.into()))
+    }
+
+    fn open_as(&self, id: i64, access: Access, user: Option<Box<str>>) -> Result<Dup, Error> {
         let mut state = self.shared.lock();
         let found = state.find(id, access)?;
         let refused = |source| Error::Dup { id, fd: found.number, access, rights: found.rights, source };
@@ -148,7 +160,7 @@ impl FdSets {
         }
         let fd = fcntl_dupfd_cloexec(found.fd, 0).map_err(|errno| refused(errno.into()))?;
         let opened_from = found.number;
-        let serial = state.track(id, fd.as_raw_fd(), opened_from);
+        let serial = state.track(id, DupInfo { number: fd.as_raw_fd(), opened_from, user });
         let ticket = Ticket { sets: Arc::downgrade(&self.shared), set: id, serial };
         Ok(Dup::new(fd, ticket, opened_from))
     }

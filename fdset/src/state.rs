@@ -135,12 +135,12 @@ impl State {
         Err(Error::NoMatch { id, access, held: self.held(set) })
     }
 
-    /// Enters a dup, which came from descriptor number `opened_from` of set `id`, and gives it a serial.
-    pub(crate) fn track(&mut self, id: i64, number: i32, opened_from: i32) -> u64 {
+    /// Enters a dup of set `id`, and gives it a serial.
+    pub(crate) fn track(&mut self, id: i64, info: DupInfo) -> u64 {
         let serial = self.serial();
-        if let (Some(set), Some(origin)) = (self.sets.get_mut(&id), self.table.at_mut(opened_from)) {
+        if let (Some(set), Some(origin)) = (self.sets.get_mut(&id), self.table.at_mut(info.opened_from)) {
             origin.dups += 1;
-            set.dups.insert(serial, DupEntry { info: DupInfo { number, opened_from }, origin: origin.serial });
+            set.dups.insert(serial, DupEntry { info, origin: origin.serial });
         }
         serial
     }
@@ -207,7 +207,7 @@ impl State {
         Some(SetInfo {
             id,
             fds: self.table.oldest_first(&set.fds).filter_map(info).collect(),
-            dups: set.dups.values().map(|dup| dup.info).collect(),
+            dups: set.dups.values().map(|dup| dup.info.clone()).collect(),
         })
     }
 
