@@ -7,12 +7,13 @@ mod nbd_client;
 mod serve;
 mod table;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use daemon::FdPolicy;
 use manager::inspector::Program;
 
 /// The storage daemon that opens nothing.
@@ -69,6 +70,12 @@ impl Confinement {
     }
 }
 
+/// `doorless daemon`.
+const DAEMON: daemon::Style = daemon::Style { fd_policy: FdPolicy::Strict, name: "doorless daemon" };
+/// The same under the name of the program that it stands in for: takes every descriptor, as that one's clients expect.
+const STORAGE_DAEMON: daemon::Style =
+    daemon::Style { fd_policy: FdPolicy::Compat, name: "qemu-storage-daemon (doorless)" };
+
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -77,20 +84,25 @@ fn main() -> ExitCode {
         .with_target(false)
         .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
         .init();
-    match run(CommandLine::parse().verb) {
-        Ok(code) => code,
-        Err(e) => {
-            eprintln!("doorless: {e:#}");
-            ExitCode::FAILURE
+    let mut arguments = std::env::args_os();
+    let called = arguments.next().map(PathBuf::from).unwrap_or_default();
+    let (name, result) = match called.file_name().and_then(OsStr::to_str) {
+        Some(name @ "qemu-storage-daemon") => {
+            (name, daemon::run(STORAGE_DAEMON, arguments).map(|()| ExitCode::SUCCESS).map_err(Into::into))
         }
-    }
+        _ => ("doorless", run(CommandLine::parse().verb)),
+    };
+    result.unwrap_or_else(|e| {
+        eprintln!("{name}: {e:#}");
+        ExitCode::FAILURE
+    })
 }
 
 fn run(verb: Verb) -> anyhow::Result<ExitCode> {
     match verb {
         Verb::Serve(options) => serve::run(&options)?,
         Verb::Demo(options) => return demo::run(&options),
-        Verb::Daemon(Rest { arguments }) => daemon::run(arguments)?,
+        Verb::Daemon(Rest { arguments }) => daemon::run(DAEMON, arguments)?,
         Verb::Inspect(InspectOptions { format, confinement }) => {
             img::inspect::run(format.as_deref(), confinement.confine == "best-effort")?;
         }

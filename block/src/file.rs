@@ -160,6 +160,56 @@ impl Driver for File {
     }
 }
 
+/// How room for a file is set aside when it is made (QAPI's `PreallocMode`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Not at all: it is a hole.
+    Off,
+    /// The file system promises it.
+    Allocate,
+    /// Zeroes are written.
+    Full,
+}
+
+/// Makes a raw image of `size` bytes of a regular file that can be written; what it held is gone.
+///
+/// # Errors
+/// It is no regular file or is in use by another program (image locks), `size` is out of range, or the file system says no.
+pub fn create(fd: impl AsFd, size: u64, preallocation: Preallocation) -> Result<()> {
+    let fd = fd.as_fd();
+    let failed = |doing| move |e: Errno| Error::io(doing, e.into());
+    if i64::try_from(size).is_err() {
+        return Err(Error::invalid(format!("The size must be less than 2^63 bytes, not {size}")));
+    }
+    let stat = rustix::fs::fstat(fd).map_err(failed("look at the descriptor"))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(Error::invalid("An image can be made of a regular file only"));
+    }
+    let locks = ImageLocks::default();
+    locks.change(fd, Demand { writes: true, resizes: true, ..Demand::default() })?;
+    let made = rustix::fs::ftruncate(fd, 0)
+        .and_then(|()| rustix::fs::ftruncate(fd, size))
+        .map_err(failed("set the size of the file"))
+        .and_then(|()| match preallocation {
+            Preallocation::Allocate if size > 0 => rustix::fs::fallocate(fd, FallocateFlags::empty(), 0, size)
+                .map_err(failed("set room for the file aside")),
+            Preallocation::Full => fill(fd, size).map_err(|e| Error::io("write zeroes", e)),
+            Preallocation::Off | Preallocation::Allocate => Ok(()),
+        });
+    locks.change(fd, Demand::default())?;
+    made
+}
+
+fn fill(fd: BorrowedFd<'_>, size: u64) -> io::Result<()> {
+    let zeroes = vec![0; 1 << 20];
+    let mut offset = 0;
+    while offset < size {
+        let len = usize::try_from(size - offset).map_or(zeroes.len(), |left| left.min(zeroes.len()));
+        offset += rustix::io::pwrite(fd, &zeroes[..len], offset)? as u64;
+    }
+    Ok(rustix::fs::fdatasync(fd)?)
+}
+
 /// What was in use before, to go back to.
 struct Previous {
     fd: OwnedFd,

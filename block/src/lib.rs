@@ -26,7 +26,7 @@ pub use driver::{
     OptionSpec, OptionValue, Options, Prepared, Target, ZeroFlags, driver_named,
 };
 pub use error::{Error, ErrorKind, Result};
-pub use file::host_driver;
+pub use file::{Preallocation, create as create_file, host_driver};
 pub use graph::{Edge, Graph, NodeSpec, id_is_well_formed};
 pub use host::{Descriptor, Host, Opener};
 pub use inspect::{Inspection, inspect};

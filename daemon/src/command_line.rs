@@ -7,14 +7,18 @@
 use std::ffi::OsString;
 
 use confine::{Plan, Role};
-use fdset::{FdPolicy, Settings};
+use std::time::Duration;
+
+use fdset::{FdPolicy, InUse, Lifetime, Quotas, Settings};
 use qmp::{Definition, Member, PendingFds, Table, Type, Version};
 use serde_json::{Map, Value};
 use sys::signal::{self, Signals};
 
+use crate::background::{self, Announcement, READY_OPTION};
 use crate::control::{self, MonitorSetup, Setup};
 use crate::opening::{Chardevs, Openings};
-use crate::state::Daemon;
+use crate::reserve;
+use crate::state::{Daemon, FdsetEvents};
 
 /// What `--help` prints.
 pub const HELP: &str = "\
@@ -25,7 +29,7 @@ Serves disk images that arrive as descriptors. The process confines itself befor
   --chardev socket,id=ID,fd=N[,server=on|off][,wait=on|off]
   --chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off]
                          a socket for a monitor: an inherited descriptor (0 is standard input), or a path
-  --monitor [chardev=]ID[,pretty=on|off]
+  --monitor [chardev=]ID[,pretty=on|off][,fdset-lifetime=LIFETIME]
                          a QMP monitor on that socket
   --add-fd fd=N,set=ID[,opaque=TEXT]
                          put an inherited descriptor into an fd set
@@ -38,6 +42,18 @@ Serves disk images that arrive as descriptors. The process confines itself befor
                          whether every layer of confinement must be had; default require
   --fd-policy strict|compat
                          whether add-fd refuses descriptors that cannot be disks, or takes all as QEMU does; default strict
+  --fdset-lifetime explicit|monitor|lease:SECONDS
+                         when what monitors' clients passed is closed: on remove-fd alone (the default), when the last client
+                         has gone, or when none has come back for that long; what nodes use stays until they let go
+  --fdset-quota [per-set=N][,per-peer=N][,total=N]
+                         most descriptors in a set, from a user, in all sets (default: all but 64 of what the process may have)
+  --fdset-events [changed=on|off][,stray=on|off][,wanted=SECONDS]
+                         events about fd sets; with wanted, a command that lacks a descriptor waits for it that long (default 0)
+  --object [qom-type=]iothread,id=ID
+                         an object that exports may name
+  --pidfile PATH         write the process id there once everything else is done
+  --daemonize            go on in the background once everything else is done
+  --trace OPTIONS        accepted, and of no effect
   --ends-with-monitors   end when the last monitor is gone for good
   --help, --version
 
@@ -67,23 +83,44 @@ struct Plans {
     openings: Openings,
     monitors: Vec<MonitorSetup>,
     fdsets: Settings,
+    fdset_events: FdsetEvents,
     confinement: Plan,
     ends_with_monitors: bool,
+    announcement: Announcement,
+}
+
+/// How the program presents itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Style {
+    /// What fd sets take unless `--fd-policy` says otherwise.
+    pub fd_policy: FdPolicy,
+    /// What `--version` and `--help` call it.
+    pub name: &'static str,
 }
 
 /// Runs the daemon: returns when it has ended properly.
 ///
 /// # Errors
 /// The command line is wrong, something it names cannot be opened, a layer of confinement is missing, or serving failed.
-pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<(), UsageError> {
+pub fn run(style: Style, arguments: impl IntoIterator<Item = OsString>) -> Result<(), UsageError> {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    if arguments.iter().any(|argument| argument == "--daemonize") {
+        return background::start(style, arguments.into_iter().filter(|argument| argument != "--daemonize"));
+    }
     signal::ignore_pipe();
     let signals = Signals::block(&[signal::INT, signal::TERM, signal::HUP]).map_err(failed("block signals"))?;
     let table = crate::commands::table();
-    let Some(plans) = read(arguments, &table)? else { return Ok(()) };
-    let Plans { actions, openings, monitors, fdsets, confinement, ends_with_monitors } = plans;
+    let Some(plans) = read(style, arguments, &table)? else { return Ok(()) };
+    let Plans { actions, openings, monitors, mut fdsets, fdset_events, confinement, ends_with_monitors, announcement } =
+        plans;
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+    fdsets.quotas.total = fdsets.quotas.total.or_else(|| Some(reserve::sets_share(limit)));
     let confined = confine::confine(&confinement).map_err(|e| UsageError(e.to_string()))?;
-    let setup = Setup { monitors, fdsets, signals, ends_with_monitors };
-    let startup = |table: &Table<Daemon>, daemon: &mut Daemon| act(table, daemon, openings, actions);
+    let setup = Setup { monitors, fdsets, fdset_events, signals, ends_with_monitors };
+    let startup = |table: &Table<Daemon>, daemon: &mut Daemon| {
+        act(table, daemon, openings, actions)?;
+        announcement.make(daemon).map_err(|e| qmp::Error::generic(e.0))
+    };
     control::serve(confined, setup, startup).map_err(|e| UsageError(e.to_string()))
 }
 
@@ -100,16 +137,23 @@ fn act(table: &Table<Daemon>, daemon: &mut Daemon, openings: Openings, actions: 
 }
 
 /// Reads every option and opens what it names. `None` if the answer was printed.
-fn read(arguments: impl IntoIterator<Item = OsString>, table: &Table<Daemon>) -> Result<Option<Plans>, UsageError> {
+fn read(
+    style: Style,
+    arguments: impl IntoIterator<Item = OsString>,
+    table: &Table<Daemon>,
+) -> Result<Option<Plans>, UsageError> {
     let words = words();
     let mut chardevs = Chardevs::default();
     let mut plans = Plans {
         actions: Vec::new(),
         openings: Openings::default(),
         monitors: Vec::new(),
-        fdsets: Settings { policy: FdPolicy::Strict, ..Settings::default() },
+        // With a life time, running nodes can still be reopened from their sets when the client has gone.
+        fdsets: Settings { policy: style.fd_policy, in_use: InUse::Keep, ..Settings::default() },
+        fdset_events: FdsetEvents::default(),
         confinement: Plan::new(Role::Daemon),
         ends_with_monitors: false,
+        announcement: Announcement::default(),
     };
     let mut arguments = arguments.into_iter();
     while let Some(argument) = arguments.next() {
@@ -123,7 +167,7 @@ fn read(arguments: impl IntoIterator<Item = OsString>, table: &Table<Daemon>) ->
         };
         match name {
             "help" | "h" => return print(HELP),
-            "version" | "V" => return print(&format!("doorless daemon {}\n", env!("CARGO_PKG_VERSION"))),
+            "version" | "V" => return print(&format!("{} {}\n", style.name, env!("CARGO_PKG_VERSION"))),
             "ends-with-monitors" => {
                 plans.ends_with_monitors = true;
                 continue;
@@ -150,7 +194,8 @@ fn read(arguments: impl IntoIterator<Item = OsString>, table: &Table<Daemon>) ->
                 let source = chardevs
                     .take(id)
                     .ok_or_else(|| placed(qmp::Error::generic(format!("Cannot find chardev '{id}'"))))?;
-                plans.monitors.push(MonitorSetup { source, pretty: options["pretty"] == true });
+                let lifetime = options["fdset-lifetime"].as_str().map(lifetime).transpose()?;
+                plans.monitors.push(MonitorSetup { source, pretty: options["pretty"] == true, lifetime });
             }
             "add-fd" => {
                 let options = words.option(Type::Named("AddFdOptions"), &value, None).map_err(placed)?;
@@ -175,6 +220,28 @@ fn read(arguments: impl IntoIterator<Item = OsString>, table: &Table<Daemon>) ->
                 let options = table.option(Type::Named("BlockExportOptions"), &value, Some("type")).map_err(placed)?;
                 plans.command("block-export-add", options);
             }
+            "object" => {
+                let options = table.option(Type::Named("ObjectOptions"), &value, Some("qom-type")).map_err(placed)?;
+                plans.command("object-add", options);
+            }
+            "fdset-lifetime" => plans.fdsets.lifetime = lifetime(&value)?,
+            "fdset-quota" => {
+                let options = words.option(Type::Named("FdsetQuotaOptions"), &value, None).map_err(placed)?;
+                let most = |key: &str| options[key].as_u64().and_then(|most| usize::try_from(most).ok());
+                plans.fdsets.quotas =
+                    Quotas { per_set: most("per-set"), per_peer: most("per-peer"), total: most("total") };
+            }
+            "fdset-events" => {
+                let options = words.option(Type::Named("FdsetEventsOptions"), &value, None).map_err(placed)?;
+                let events = &mut plans.fdset_events;
+                events.changed = options["changed"].as_bool().unwrap_or(events.changed);
+                events.stray = options["stray"].as_bool().unwrap_or(events.stray);
+                let seconds = options["wanted"].as_u64().filter(|&seconds| seconds > 0);
+                events.wanted = seconds.map(Duration::from_secs);
+            }
+            "pidfile" => plans.announcement.pidfile(value)?,
+            "trace" => {}
+            READY_OPTION => plans.announcement.ready(&value)?,
             "confine" => match value.as_str() {
                 "require" => plans.confinement = Plan::new(Role::Daemon),
                 "best-effort" => plans.confinement = Plan::new(Role::Daemon).best_effort(),
@@ -203,15 +270,39 @@ impl Plans {
 }
 
 /// Options that take a value.
-const KNOWN: [&str; 8] = ["chardev", "monitor", "add-fd", "blockdev", "nbd-server", "export", "confine", "fd-policy"];
+const KNOWN: [&str; 15] = [
+    "chardev",
+    "monitor",
+    "add-fd",
+    "blockdev",
+    "nbd-server",
+    "export",
+    "object",
+    "confine",
+    "fd-policy",
+    "fdset-lifetime",
+    "fdset-quota",
+    "fdset-events",
+    "pidfile",
+    "trace",
+    READY_OPTION,
+];
 
 fn unknown(option: &str) -> UsageError {
-    let later = ["--object", "--pidfile", "--daemonize", "--trace"];
-    UsageError(if later.contains(&option) {
-        format!("{option} is not supported by this version; see doorless daemon --help")
-    } else {
-        format!("unrecognized option '{option}'; see doorless daemon --help")
-    })
+    UsageError(format!("unrecognized option '{option}'; see doorless daemon --help"))
+}
+
+/// `explicit`, `monitor` or `lease:SECONDS`.
+fn lifetime(text: &str) -> Result<Lifetime, UsageError> {
+    let seconds = |text: &str| text.parse().ok().filter(|&seconds: &u32| seconds > 0);
+    match (text, text.strip_prefix("lease:").and_then(seconds)) {
+        ("explicit", _) => Ok(Lifetime::Explicit),
+        ("monitor", _) => Ok(Lifetime::Monitor),
+        (_, Some(seconds)) => Ok(Lifetime::Lease(Duration::from_secs(seconds.into()))),
+        _ => Err(UsageError(format!(
+            "a life time is 'explicit', 'monitor' or 'lease:SECONDS' with 1 to 4294967295 seconds, not '{text}'"
+        ))),
+    }
 }
 
 /// The types of options that are no commands.
@@ -238,6 +329,7 @@ fn words() -> Table<()> {
                 Member::optional("id", Type::Str, "Accepted, and of no use here."),
                 Member::optional("mode", Type::Named("MonitorMode"), "Accepted: every monitor speaks QMP."),
                 Member::optional("pretty", Type::Bool, "Whether output is indented; default false."),
+                Member::optional("fdset-lifetime", Type::Str, "When what its clients passed is closed."),
             ],
             "A monitor.",
         ),
@@ -249,6 +341,28 @@ fn words() -> Table<()> {
                 Member::optional("opaque", Type::Str, "Free text."),
             ],
             "A descriptor for a set.",
+        ),
+        Definition::structure(
+            "FdsetQuotaOptions",
+            [
+                Member::optional("per-set", Type::Uint32, "Most descriptors in a set."),
+                Member::optional("per-peer", Type::Uint32, "Most descriptors from a user."),
+                Member::optional("total", Type::Uint32, "Most descriptors in all sets."),
+            ],
+            "How many descriptors may be passed.",
+        ),
+        Definition::structure(
+            "FdsetEventsOptions",
+            [
+                Member::optional("changed", Type::Bool, "`FDSET_CHANGED`; default true."),
+                Member::optional("stray", Type::Bool, "`FDSET_STRAY_FD`; default true."),
+                Member::optional(
+                    "wanted",
+                    Type::Uint32,
+                    "`FDSET_WANTED`: how long a command waits, seconds; default 0.",
+                ),
+            ],
+            "Events about fd sets.",
         ),
         Definition::structure(
             "NbdServerOptions",

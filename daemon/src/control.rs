@@ -2,17 +2,19 @@
 //! The control thread: it sleeps until a monitor, a signal or another thread has something for it.
 
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use confine::Confined;
+use fdset::{Keeper, Lifetime};
 use qmp::Table;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use sys::signal::Signals;
 
 use crate::monitor::{Monitor, Source};
-use crate::state::Daemon;
+use crate::state::{Daemon, FdsetEvents};
 use crate::wake::Wake;
 
 /// A monitor to be.
@@ -22,6 +24,8 @@ pub struct MonitorSetup {
     pub source: Source,
     /// Whether its output is spread over indented lines.
     pub pretty: bool,
+    /// How long what its clients pass lives; `None` is as the daemon's [`Setup::fdsets`] say, for all such monitors together.
+    pub lifetime: Option<Lifetime>,
 }
 
 /// What the daemon serves with: everything that had to be opened is open.
@@ -30,6 +34,8 @@ pub struct Setup {
     pub monitors: Vec<MonitorSetup>,
     /// What fd sets take, and how long they keep it.
     pub fdsets: fdset::Settings,
+    /// Which events about them go out.
+    pub fdset_events: FdsetEvents,
     /// Signals that end it.
     pub signals: Signals,
     /// Whether it ends when no monitor has a client or can get one: for a daemon that belongs to its manager.
@@ -48,27 +54,37 @@ pub fn serve(
     let table = crate::commands::table();
     let wake = Arc::new(Wake::new()?);
     let mut daemon = Daemon::new(confined, setup.fdsets, Arc::clone(&wake));
+    daemon.fdset_events = setup.fdset_events;
+    daemon.ledger.enter(setup.signals.as_fd().as_raw_fd(), "signals");
     startup(&table, &mut daemon)?;
     let mut monitors = Vec::new();
-    for (id, MonitorSetup { source, pretty }) in setup.monitors.into_iter().enumerate() {
-        monitors.push(Monitor::new(id, source, pretty, &table)?);
+    for (id, MonitorSetup { source, pretty, lifetime }) in setup.monitors.into_iter().enumerate() {
+        let keeper = lifetime.map_or_else(Keeper::default, |lifetime| daemon.fdsets.keeper(lifetime));
+        monitors.push(Monitor::new(id, source, pretty, keeper, &table, &mut daemon)?);
     }
     let abandoned = |monitors: &[Monitor]| setup.ends_with_monitors && monitors.iter().all(Monitor::is_over);
     while !daemon.quit && !abandoned(&monitors) {
-        let ready = wait(&setup.signals, &wake, &monitors)?;
+        let ready = wait(&setup.signals, &wake, &monitors, &daemon)?;
         if ready.signal && setup.signals.next()?.is_some() {
             daemon.quit = true;
         }
         wake.clear();
         daemon.reap_exports();
+        daemon.jobs.reap();
+        daemon.expire_leases();
         announce(&mut daemon, &mut monitors);
         for index in ready.monitors {
             let answer = monitors[index].advance(&table, &mut daemon);
             announce(&mut daemon, &mut monitors);
             monitors[index].answer(&answer);
         }
+        for index in 0..monitors.len() {
+            let answer = monitors[index].retry(&table, &mut daemon);
+            announce(&mut daemon, &mut monitors);
+            monitors[index].answer(&answer);
+        }
         for monitor in &mut monitors {
-            monitor.flush();
+            monitor.flush(&mut daemon);
         }
     }
     Ok(())
@@ -90,7 +106,7 @@ struct Ready {
     monitors: Vec<usize>,
 }
 
-fn wait(signals: &Signals, wake: &Wake, monitors: &[Monitor]) -> io::Result<Ready> {
+fn wait(signals: &Signals, wake: &Wake, monitors: &[Monitor], daemon: &Daemon) -> io::Result<Ready> {
     let mut fds = vec![PollFd::new(signals, PollFlags::IN), PollFd::new(wake, PollFlags::IN)];
     let mut polled = Vec::new();
     for (index, monitor) in monitors.iter().enumerate() {
@@ -99,9 +115,10 @@ fn wait(signals: &Signals, wake: &Wake, monitors: &[Monitor]) -> io::Result<Read
             polled.push(index);
         }
     }
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let busy = monitors.iter().any(Monitor::is_busy);
-    match poll(&mut fds, busy.then_some(&now)) {
+    let busy = monitors.iter().any(Monitor::is_busy).then(Instant::now);
+    let next = monitors.iter().filter_map(Monitor::deadline).chain(daemon.fdsets.next_deadline()).chain(busy).min();
+    let timeout = next.map(until);
+    match poll(&mut fds, timeout.as_ref()) {
         Ok(_) | Err(Errno::INTR) => {}
         Err(e) => return Err(e.into()),
     }
@@ -110,8 +127,17 @@ fn wait(signals: &Signals, wake: &Wake, monitors: &[Monitor]) -> io::Result<Read
     Ok(Ready { signal: fired[0], monitors: ready.map(|(&index, _)| index).collect() })
 }
 
+/// The time until `deadline`, rounded up so that it has passed when the sleep is over.
+fn until(deadline: Instant) -> Timespec {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let rounded = if left.is_zero() { left } else { left + Duration::from_millis(1) };
+    Timespec::try_from(rounded).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 })
+}
+
 /// Tells every monitor what has happened.
 fn announce(daemon: &mut Daemon, monitors: &mut [Monitor]) {
+    let jobs = daemon.jobs.take_events().into_iter().map(|data| ("JOB_STATUS_CHANGE", data));
+    daemon.events.extend(jobs);
     for (name, data) in daemon.events.drain(..) {
         for monitor in &mut *monitors {
             monitor.notify(name, &data, SystemTime::now());

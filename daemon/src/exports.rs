@@ -122,6 +122,11 @@ impl Exports {
             .collect()
     }
 
+    /// Every descriptor of its servers and what it is.
+    pub fn descriptors(&self) -> Vec<(i32, String)> {
+        self.nbd.as_ref().map(Server::descriptors).unwrap_or_default()
+    }
+
     /// Every export, by id.
     pub fn list(&self) -> impl Iterator<Item = Shown<'_>> {
         self.entries.iter().map(|(id, entry)| Shown {

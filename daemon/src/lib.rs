@@ -5,14 +5,21 @@
 //! then on [`control`] is the one thread that owns the state ([`state::Daemon`]); its [`monitor`]s bring commands, which
 //! stand in one table ([`commands`]); exports answer their clients on threads of their own.
 
+mod background;
 mod command_line;
 pub mod commands;
 pub mod control;
 mod exports;
+pub mod jobs;
+pub mod ledger;
 pub mod monitor;
+pub mod objects;
 mod opening;
+pub mod reserve;
 pub mod state;
 mod wake;
+pub mod wants;
 
-pub use command_line::{UsageError, run};
+pub use command_line::{Style, UsageError, run};
+pub use fdset::FdPolicy;
 pub use wake::Wake;

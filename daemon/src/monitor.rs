@@ -2,16 +2,18 @@
 //! A monitor: a socket on which one client at a time is served, the next one waiting in the listener's queue.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::SystemTime;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Instant, SystemTime};
 
-use qmp::{Connection, Received, Session, Table};
+use fdset::{Keeper, Peer};
+use qmp::{Connection, Message, Received, Session, Table};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use serde_json::Value;
 
-use crate::state::{Daemon, MonitorId};
+use crate::ledger::{Held, Owner};
+use crate::state::{Daemon, MonitorId, Speaker};
 
 /// Where a monitor's clients come from.
 #[derive(Debug)]
@@ -25,8 +27,20 @@ pub enum Source {
 struct Client {
     connection: Connection,
     session: Session,
+    peer: Option<Peer>,
     /// The client has shut down its side: what came before is still answered.
     ended: bool,
+    parked: Option<Parked>,
+}
+
+/// A command that failed for want of a descriptor, and is tried again when one is passed.
+struct Parked {
+    message: Value,
+    /// What it is answered if none comes.
+    answer: Vec<u8>,
+    until: Instant,
+    /// [`Daemon::additions`] when it was tried last.
+    seen: u64,
 }
 
 /// A monitor and its present client.
@@ -35,19 +49,28 @@ pub struct Monitor {
     listener: Option<OwnedFd>,
     client: Option<Client>,
     pretty: bool,
+    keeper: Keeper,
 }
 
 impl Monitor {
-    /// A monitor over `source`; a connected client is greeted.
+    /// A monitor over `source`; a connected client is greeted. What its clients pass lives by the rule of `keeper`.
     ///
     /// # Errors
     /// The socket cannot be used.
-    pub fn new(id: MonitorId, source: Source, pretty: bool, table: &Table<Daemon>) -> io::Result<Monitor> {
-        let mut monitor = Monitor { id, listener: None, client: None, pretty };
+    pub fn new(
+        id: MonitorId,
+        source: Source,
+        pretty: bool,
+        keeper: Keeper,
+        table: &Table<Daemon>,
+        daemon: &mut Daemon,
+    ) -> io::Result<Monitor> {
+        let mut monitor = Monitor { id, listener: None, client: None, pretty, keeper };
         match source {
             Source::Listener(listener) => monitor.listener = Some(listener),
-            Source::Connected(socket) => monitor.welcome(socket, table)?,
+            Source::Connected(socket) => monitor.welcome(socket, table, daemon)?,
         }
+        monitor.enter_books(daemon);
         Ok(monitor)
     }
 
@@ -61,7 +84,7 @@ impl Monitor {
         match (&self.client, &self.listener) {
             (Some(client), _) => {
                 let mut flags = PollFlags::empty();
-                if client.session.wants_input() && !client.ended {
+                if client.wants_input() && !client.ended {
                     flags |= PollFlags::IN;
                 }
                 if client.connection.unsent() > 0 {
@@ -76,21 +99,57 @@ impl Monitor {
 
     /// Whether received commands wait: polling must not sleep.
     pub fn is_busy(&self) -> bool {
-        self.client.as_ref().is_some_and(|client| client.connection.has_unparsed() && client.session.wants_input())
+        self.client.as_ref().is_some_and(|client| client.connection.has_unparsed() && client.wants_input())
     }
 
     /// Takes a waiting client in, or reads from the present one and runs its next command. The answer is not sent yet: the
     /// events of a command go out before it, as in QEMU.
     pub fn advance(&mut self, table: &Table<Daemon>, daemon: &mut Daemon) -> Vec<u8> {
-        if self.client.is_none() {
-            self.accept(table);
-            return Vec::new();
+        let answer = match &self.client {
+            None => {
+                self.accept(table, daemon);
+                Vec::new()
+            }
+            // Nothing is read while a command waits, so this can only be the end.
+            Some(client) if client.parked.is_some() => {
+                if client.connection.is_hung_up() {
+                    self.part(daemon);
+                }
+                Vec::new()
+            }
+            Some(_) => self.serve(table, daemon).unwrap_or_else(|e| {
+                tracing::debug!(monitor = self.id, "client: {e}");
+                self.part(daemon);
+                Vec::new()
+            }),
+        };
+        self.enter_books(daemon);
+        answer
+    }
+
+    /// When a waiting command is answered in any case.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.client.as_ref()?.parked.as_ref().map(|parked| parked.until)
+    }
+
+    /// Tries a waiting command again if something was passed since, or answers it if its time is over.
+    pub fn retry(&mut self, table: &Table<Daemon>, daemon: &mut Daemon) -> Vec<u8> {
+        let speaker = self.speaker();
+        let Some(client) = &mut self.client else { return Vec::new() };
+        let Some(mut parked) = client.parked.take() else { return Vec::new() };
+        if parked.seen != daemon.additions {
+            parked.seen = daemon.additions;
+            daemon.enter(speaker);
+            parked.answer = client.session.dispatch(table, daemon, Message::from(parked.message.clone()));
+            if daemon.wants.take().is_none() {
+                return parked.answer;
+            }
         }
-        self.serve(table, daemon).unwrap_or_else(|e| {
-            tracing::debug!(monitor = self.id, "client: {e}");
-            self.client = None;
-            Vec::new()
-        })
+        if parked.until <= Instant::now() {
+            return parked.answer;
+        }
+        client.parked = Some(parked);
+        Vec::new()
     }
 
     /// Queues an answer to the present client.
@@ -110,23 +169,60 @@ impl Monitor {
     }
 
     /// Sends what is ready; a client that has ended and was answered is let go.
-    pub fn flush(&mut self) {
+    pub fn flush(&mut self, daemon: &mut Daemon) {
         let Some(client) = &mut self.client else { return };
         match client.connection.flush() {
             Ok(all) => {
-                if all && client.ended && !client.connection.has_unparsed() {
-                    self.client = None;
+                if all && client.ended && client.parked.is_none() && !client.connection.has_unparsed() {
+                    self.part(daemon);
                 }
             }
-            Err(_) => self.client = None,
+            Err(_) => self.part(daemon),
         }
     }
 
-    fn accept(&mut self, table: &Table<Daemon>) {
+    /// Lets the client go, with everything that lived for it.
+    fn part(&mut self, daemon: &mut Daemon) {
+        let Some(mut client) = self.client.take() else { return };
+        let pending = client.session.pending();
+        pending.clear();
+        let strays = pending.take_strays() + client.connection.carried().len();
+        drop(client);
+        daemon.strayed(self.id, strays);
+        daemon.monitor_left(self.keeper);
+        self.enter_books(daemon);
+    }
+
+    fn speaker(&self) -> Speaker {
+        let peer = self.client.as_ref().and_then(|client| client.peer);
+        Speaker { monitor: self.id, keeper: self.keeper, peer }
+    }
+
+    /// Tells the ledger what this monitor holds.
+    fn enter_books(&self, daemon: &mut Daemon) {
+        let mut held = Vec::new();
+        let monitor = self.id;
+        if let Some(listener) = &self.listener {
+            held.push(Held::new(listener.as_raw_fd(), Owner::Monitor, format!("monitor {monitor}'s listener")));
+        }
+        if let Some(client) = &self.client {
+            let socket = client.connection.as_fd().as_raw_fd();
+            held.push(Held::new(socket, Owner::Monitor, format!("monitor {monitor}'s client")));
+            let unclaimed = client.connection.carried().into_iter().chain(client.session.unclaimed());
+            held.extend(unclaimed.map(|fd| Held::new(fd, Owner::Message, format!("of monitor {monitor}'s client"))));
+        }
+        daemon.ledger.set_monitor(monitor, held);
+    }
+
+    fn accept(&mut self, table: &Table<Daemon>, daemon: &mut Daemon) {
         let Some(listener) = &self.listener else { return };
-        match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
+        let mut accepted = rustix::net::accept_with(listener, SocketFlags::CLOEXEC);
+        if matches!(accepted, Err(Errno::MFILE)) && daemon.reserve.give() {
+            accepted = rustix::net::accept_with(listener, SocketFlags::CLOEXEC);
+        }
+        match accepted {
             Ok(socket) => {
-                if let Err(e) = self.welcome(socket, table) {
+                if let Err(e) = self.welcome(socket, table, daemon) {
                     tracing::warn!(monitor = self.id, "a client could not be served: {e}");
                 }
             }
@@ -135,16 +231,20 @@ impl Monitor {
         }
     }
 
-    fn welcome(&mut self, socket: OwnedFd, table: &Table<Daemon>) -> io::Result<()> {
+    fn welcome(&mut self, socket: OwnedFd, table: &Table<Daemon>, daemon: &mut Daemon) -> io::Result<()> {
+        let peer = rustix::net::sockopt::socket_peercred(&socket).ok();
+        let peer = peer.map(|peer| Peer { pid: peer.pid.as_raw_nonzero().get(), uid: peer.uid.as_raw() });
         let mut connection = Connection::new(socket)?;
         let session = Session::new(self.pretty);
         connection.send(&session.greeting(table));
-        self.client = Some(Client { connection, session, ended: false });
-        self.flush();
+        self.client = Some(Client { connection, session, peer, ended: false, parked: None });
+        daemon.fdsets.monitor_connected(self.keeper);
+        self.flush(daemon);
         Ok(())
     }
 
     fn serve(&mut self, table: &Table<Daemon>, daemon: &mut Daemon) -> io::Result<Vec<u8>> {
+        let speaker = self.speaker();
         let Some(client) = &mut self.client else { return Ok(Vec::new()) };
         if !client.connection.has_unparsed() && client.connection.receive()? == Received::End {
             client.ended = true;
@@ -152,8 +252,25 @@ impl Monitor {
         if !client.session.wants_input() {
             return Ok(Vec::new());
         }
-        daemon.enter(self.id);
-        let message = client.connection.next_message();
-        Ok(message.map(|message| client.session.dispatch(table, daemon, message)).unwrap_or_default())
+        let Some(message) = client.connection.next_message() else { return Ok(Vec::new()) };
+        daemon.enter(speaker);
+        let patience = daemon.fdset_events.wanted;
+        let again = patience.and_then(|_| message.content.clone().ok());
+        let answer = client.session.dispatch(table, daemon, message);
+        let strays = client.session.pending().take_strays();
+        daemon.strayed(self.id, strays);
+        let (Some(wanted), Some(patience), Some(message)) = (daemon.wants.take(), patience, again) else {
+            return Ok(answer);
+        };
+        daemon.events.push(("FDSET_WANTED", wanted.event(patience.as_secs())));
+        client.parked = Some(Parked { message, answer, until: Instant::now() + patience, seen: daemon.additions });
+        Ok(Vec::new())
+    }
+}
+
+impl Client {
+    /// Whether the next command may be read: not while one waits for a descriptor.
+    fn wants_input(&self) -> bool {
+        self.parked.is_none() && self.session.wants_input()
     }
 }

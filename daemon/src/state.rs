@@ -2,20 +2,57 @@
 //! Everything the commands work on. One thread owns it, so nothing here is locked.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use block::Graph;
 use confine::Confined;
-use fdset::{Added, FdPolicy, FdSets, Settings};
+use fdset::{Added, FdPolicy, FdSets, Keeper, Lifetime, Peer, Provenance, Role, Settings};
 use qmp::{Error, NamedFds};
 use serde_json::{Value, json};
 
 use crate::exports::Exports;
+use crate::jobs::Jobs;
+use crate::ledger::Ledger;
+use crate::objects::Objects;
+use crate::reserve::Reserve;
 use crate::wake::Wake;
+use crate::wants::Wants;
 
 /// A monitor, for as long as the daemon lives.
 pub type MonitorId = usize;
+
+/// Numbers kept back for monitors' clients.
+const RESERVED: usize = 4;
+
+/// Which events about fd sets go out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FdsetEvents {
+    /// `FDSET_CHANGED`.
+    pub changed: bool,
+    /// `FDSET_STRAY_FD`.
+    pub stray: bool,
+    /// `FDSET_WANTED`, and how long a command then waits.
+    pub wanted: Option<Duration>,
+}
+
+impl Default for FdsetEvents {
+    fn default() -> FdsetEvents {
+        FdsetEvents { changed: true, stray: true, wanted: None }
+    }
+}
+
+/// Who gives the command that runs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Speaker {
+    /// Its monitor.
+    pub monitor: MonitorId,
+    /// Whose leaving ends the life of what it passes.
+    pub keeper: Keeper,
+    /// The process at the other end; `None` for the command line and for sockets that cannot tell.
+    pub peer: Option<Peer>,
+}
 
 /// The control state. There is none without proof that the process is confined.
 pub struct Daemon {
@@ -25,44 +62,79 @@ pub struct Daemon {
     pub fdsets: Arc<FdSets>,
     /// What the sets refuse.
     pub policy: FdPolicy,
+    /// What opens wanted and did not find.
+    pub wants: Wants,
+    /// Which events about fd sets go out.
+    pub fdset_events: FdsetEvents,
     /// The nodes.
     pub graph: Graph,
     /// The exports.
     pub exports: Exports,
+    /// Work that goes on after its command has answered.
+    pub jobs: Jobs,
+    /// Objects that commands refer to by id.
+    pub objects: Objects,
     /// Whether the daemon should end.
     pub quit: bool,
     /// Events that no monitor has been told yet.
     pub events: Vec<(&'static str, Value)>,
+    /// Whom descriptors belong to.
+    pub ledger: Ledger,
+    /// Numbers kept back.
+    pub reserve: Reserve,
+    /// Grows whenever something is passed into a set: commands that wait for it are tried again.
+    pub additions: u64,
+    wake: Arc<Wake>,
     /// What was passed for everything else, by monitor: names outlive the client that gave them.
     named: BTreeMap<MonitorId, NamedFds>,
-    /// The monitor whose command runs.
-    current: MonitorId,
+    speaker: Speaker,
 }
 
 impl Daemon {
     /// A daemon with nothing in it. `wake` is told when something changes behind the control thread's back.
     pub fn new(confined: Confined, settings: Settings, wake: Arc<Wake>) -> Daemon {
+        let fdsets = Arc::new(FdSets::with(settings));
+        // What the command line passes belongs to no client that could leave.
+        let keeper = fdsets.keeper(Lifetime::Explicit);
+        let mut ledger = Ledger::default();
+        for (stream, what) in ["standard input", "standard output", "standard error"].into_iter().enumerate() {
+            ledger.enter(i32::try_from(stream).unwrap_or(0), what);
+        }
+        ledger.enter(wake.as_fd().as_raw_fd(), "wake-ups");
         Daemon {
             confined,
-            fdsets: Arc::new(FdSets::with(settings)),
+            fdsets,
             policy: settings.policy,
+            wants: Wants::default(),
+            fdset_events: FdsetEvents::default(),
             graph: Graph::new(),
-            exports: Exports::new(wake),
+            exports: Exports::new(Arc::clone(&wake)),
+            jobs: Jobs::new(Arc::clone(&wake)),
+            objects: Objects::default(),
             quit: false,
             events: Vec::new(),
+            ledger,
+            reserve: Reserve::new(&*wake, RESERVED),
+            additions: 0,
+            wake,
             named: BTreeMap::new(),
-            current: 0,
+            speaker: Speaker { keeper, ..Speaker::default() },
         }
     }
 
     /// Says whose commands run from now on.
-    pub fn enter(&mut self, monitor: MonitorId) {
-        self.current = monitor;
+    pub fn enter(&mut self, speaker: Speaker) {
+        self.speaker = speaker;
     }
 
     /// The descriptors that the current monitor's clients have named.
     pub fn named_fds(&mut self) -> &mut NamedFds {
-        self.named.entry(self.current).or_default()
+        self.named.entry(self.speaker.monitor).or_default()
+    }
+
+    /// Every named descriptor: its monitor, name and number.
+    pub fn named(&self) -> impl Iterator<Item = (MonitorId, &str, i32)> {
+        self.named.iter().flat_map(|(&monitor, named)| named.numbers().map(move |(name, fd)| (monitor, name, fd)))
     }
 
     /// Adds a descriptor to a set, or to a new one.
@@ -70,10 +142,47 @@ impl Daemon {
     /// # Errors
     /// Those of [`FdSets::add`]; the descriptor is then closed.
     pub fn add_fd(&mut self, fd: OwnedFd, set: Option<i64>, opaque: Option<String>) -> Result<Added, Error> {
-        self.fdsets.add(fd, set, opaque).map_err(|e| {
+        let Speaker { keeper, peer, .. } = self.speaker;
+        let provenance = Provenance { peer, at: Some(SystemTime::now()), role: Role::default(), keeper };
+        let added = self.fdsets.add_from(fd, set, opaque, provenance).map_err(|e| {
             tracing::info!("add-fd: {}", e.detail());
             Error::generic(e.to_string())
-        })
+        })?;
+        self.additions += 1;
+        self.fdset_changed(added.set_id, "added");
+        Ok(added)
+    }
+
+    /// Says that a set has changed.
+    pub fn fdset_changed(&mut self, set: i64, change: &'static str) {
+        if self.fdset_events.changed {
+            self.events.push(("FDSET_CHANGED", json!({ "fdset-id": set, "change": change })));
+        }
+    }
+
+    /// Says that descriptors came which nobody claimed, and were closed.
+    pub fn strayed(&mut self, monitor: MonitorId, count: usize) {
+        if count > 0 {
+            tracing::info!(monitor, count, "descriptors that no command claimed were closed");
+            if self.fdset_events.stray {
+                self.events.push(("FDSET_STRAY_FD", json!({ "monitor": monitor, "count": count })));
+            }
+        }
+    }
+
+    /// A client has left: what lived for it goes.
+    pub fn monitor_left(&mut self, keeper: Keeper) {
+        for set in self.fdsets.monitor_disconnected(keeper, Instant::now()) {
+            self.fdset_changed(set, "expired");
+        }
+        self.reserve.refill(&*self.wake);
+    }
+
+    /// Ends leases that are over.
+    pub fn expire_leases(&mut self) {
+        for set in self.fdsets.expire(Instant::now()) {
+            self.fdset_changed(set, "expired");
+        }
     }
 
     /// Lets go of exports that have ended, and says so.

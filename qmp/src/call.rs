@@ -41,6 +41,11 @@ impl<'a> Call<'a> {
         serde_json::from_value(Value::Object(arguments)).map_err(|e| Error::generic(e.to_string()))
     }
 
+    /// Numbers of the descriptors that this command could claim.
+    pub fn unclaimed(&self) -> Vec<i32> {
+        self.fds.numbers()
+    }
+
     /// The first descriptor that came with this command or waited in its session; any others are closed.
     ///
     /// # Errors

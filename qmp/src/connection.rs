@@ -13,7 +13,7 @@ use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, sockopt,
@@ -207,6 +207,18 @@ impl Connection {
         self.unsent.len()
     }
 
+    /// Numbers of descriptors that came with a message not yet complete.
+    pub fn carried(&self) -> Vec<i32> {
+        self.carried.as_ref().map(Receipt::numbers).unwrap_or_default()
+    }
+
+    /// Whether the client has gone altogether: nothing that is sent will be read.
+    pub fn is_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(&self.fd, PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+    }
+
     /// Whether received bytes wait to be parsed: [`next_message`](Connection::next_message) may answer without another
     /// [`receive`](Connection::receive), and polling for input would be in vain.
     pub fn has_unparsed(&self) -> bool {
@@ -289,7 +301,7 @@ fn write_file(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Errno> {
 }
 
 fn ready(fd: BorrowedFd<'_>, events: PollFlags) -> Result<(), Errno> {
-    match rustix::event::poll(&mut [PollFd::from_borrowed_fd(fd, events)], Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))? {
+    match poll(&mut [PollFd::from_borrowed_fd(fd, events)], Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))? {
         0 => Err(Errno::AGAIN),
         _ => Ok(()),
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A message as it came: a JSON value, or why it is none, and the descriptors that its bytes carried.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use serde_json::Value;
 
@@ -14,6 +14,16 @@ pub enum Receipt {
     Fds(Vec<OwnedFd>),
     /// Some or all were lost on the way, for this reason; those that did come are closed.
     Lost(String),
+}
+
+impl Receipt {
+    /// Numbers of the descriptors that are here.
+    pub fn numbers(&self) -> Vec<i32> {
+        match self {
+            Receipt::Fds(fds) => fds.iter().map(AsRawFd::as_raw_fd).collect(),
+            Receipt::Lost(_) => Vec::new(),
+        }
+    }
 }
 
 /// One top-level value of the stream with the last receipt that rode on its bytes or on the blanks before it.
@@ -33,13 +43,17 @@ impl From<Value> for Message {
 
 /// Descriptors that no command has claimed yet: one receipt at most, as in QEMU.
 #[derive(Debug, Default)]
-pub struct PendingFds(Option<Receipt>);
+pub struct PendingFds {
+    receipt: Option<Receipt>,
+    strays: usize,
+}
 
 impl PendingFds {
     /// Takes over what came with a message; earlier descriptors are closed. A message without any changes nothing.
     pub fn replace(&mut self, receipt: Option<Receipt>) {
         if receipt.is_some() {
-            self.0 = receipt;
+            self.strays += self.len();
+            self.receipt = receipt;
         }
     }
 
@@ -48,24 +62,33 @@ impl PendingFds {
     /// # Errors
     /// There is none, or it was lost on the way: the text says why. A loss is told once.
     pub fn claim(&mut self) -> Result<OwnedFd, Error> {
-        match self.0.take() {
+        self.strays += self.len().saturating_sub(1);
+        match self.receipt.take() {
             Some(Receipt::Fds(fds)) => fds.into_iter().next().ok_or_else(no_fd),
             Some(Receipt::Lost(why)) => Err(Error::generic(why)),
             None => Err(no_fd()),
         }
     }
 
-    /// Closes whatever is pending and says how many descriptors that were.
-    pub fn clear(&mut self) -> usize {
-        match self.0.take() {
-            Some(Receipt::Fds(fds)) => fds.len(),
-            Some(Receipt::Lost(_)) | None => 0,
-        }
+    /// Closes whatever is pending.
+    pub fn clear(&mut self) {
+        self.strays += self.len();
+        self.receipt = None;
+    }
+
+    /// How many descriptors were closed since the last call because nobody claimed them.
+    pub fn take_strays(&mut self) -> usize {
+        std::mem::take(&mut self.strays)
+    }
+
+    /// Numbers of the descriptors that wait to be claimed.
+    pub fn numbers(&self) -> Vec<i32> {
+        self.receipt.iter().flat_map(Receipt::numbers).collect()
     }
 
     /// How many descriptors wait to be claimed.
     pub fn len(&self) -> usize {
-        match &self.0 {
+        match &self.receipt {
             Some(Receipt::Fds(fds)) => fds.len(),
             Some(Receipt::Lost(_)) | None => 0,
         }

@@ -2,7 +2,7 @@
 //! Descriptors under names, for `getfd` and `closefd`. They belong to a monitor and outlive its clients.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::Error;
 
@@ -37,6 +37,11 @@ impl NamedFds {
     /// There is none.
     pub fn take(&mut self, name: &str) -> Result<OwnedFd, Error> {
         self.0.remove(name).ok_or_else(|| Error::generic(format!("File descriptor named '{name}' has not been found")))
+    }
+
+    /// Every name and the number of its descriptor.
+    pub fn numbers(&self) -> impl Iterator<Item = (&str, i32)> {
+        self.0.iter().map(|(name, fd)| (name.as_str(), fd.as_raw_fd()))
     }
 
     /// How many names are in use.

@@ -59,6 +59,11 @@ impl Session {
         &mut self.pending
     }
 
+    /// Numbers of those descriptors.
+    pub fn unclaimed(&self) -> Vec<i32> {
+        self.pending.numbers()
+    }
+
     /// Takes a message in. The bytes are the answer to one that runs out of band, else empty.
     pub fn accept<S>(&mut self, table: &Table<S>, state: &mut S, message: Message) -> Vec<u8> {
         let out_of_band = matches!(&message.content, Ok(Value::Object(object))

@@ -12,6 +12,14 @@ pub fn share(fd: impl AsFd, offset: u64) -> io::Result<()> {
     request(&fd, libc::F_OFD_SETLK, libc::F_RDLCK, offset).map(drop)
 }
 
+/// Takes an exclusive lock on the byte at `offset`.
+///
+/// # Errors
+/// As [`share`]; `EAGAIN` if anybody else holds one of any kind.
+pub fn exclude(fd: impl AsFd, offset: u64) -> io::Result<()> {
+    request(&fd, libc::F_OFD_SETLK, libc::F_WRLCK, offset).map(drop)
+}
+
 /// Gives the lock on the byte at `offset` back.
 ///
 /// # Errors

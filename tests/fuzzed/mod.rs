@@ -16,7 +16,7 @@ use daemon::monitor::{Monitor, Source};
 use daemon::state::Daemon;
 use export::Workers;
 use export::nbd::{Limits, Server, Settings};
-use fdset::FdPolicy;
+use fdset::{FdPolicy, Lifetime};
 use qmp::Parser;
 
 /// Bytes from a monitor's client, cut into messages.
@@ -40,7 +40,8 @@ pub fn monitor(data: &[u8]) {
     let wake = Arc::new(daemon::Wake::new().unwrap());
     let mut daemon = Daemon::new(confined, settings, wake);
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let mut monitor = Monitor::new(0, Source::Connected(theirs.into()), false, &table).unwrap();
+    let keeper = daemon.fdsets.keeper(Lifetime::Monitor);
+    let mut monitor = Monitor::new(0, Source::Connected(theirs.into()), false, keeper, &table, &mut daemon).unwrap();
     let mut answers = ours.try_clone().unwrap();
     let reader = std::thread::spawn(move || {
         let _ = answers.read_to_end(&mut Vec::new());
@@ -78,8 +79,9 @@ fn drain(monitor: &mut Monitor, table: &qmp::Table<Daemon>, daemon: &mut Daemon)
     loop {
         let answer = monitor.advance(table, daemon);
         daemon.reap_exports();
+        daemon.jobs.reap();
         monitor.answer(&answer);
-        monitor.flush();
+        monitor.flush(daemon);
         if !monitor.is_busy() || daemon.quit {
             break;
         }

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 
 use super::{block_error, options};
 use crate::state::Daemon;
+use crate::wants::{Wanted, Wants};
 
 pub fn types() -> Vec<Definition> {
     options::types()
@@ -157,17 +158,29 @@ fn host(daemon: &Daemon, filename: &str, auto_read_only: bool, locking: bool) ->
              and give the filename /dev/fdset/ID"
         )));
     }
-    let sets = Arc::clone(&daemon.fdsets);
+    let (sets, wants) = (Arc::clone(&daemon.fdsets), daemon.wants.clone());
     let exclusive = daemon.policy == FdPolicy::Strict;
     let filename = filename.to_owned();
-    Ok(Host::new(Box::new(move |writable| open_fdset(&sets, &filename, writable, exclusive)), auto_read_only, locking))
+    let open = move |writable: bool, node: &str| open_fdset(&sets, &wants, &filename, node, writable, exclusive);
+    Ok(Host::new(Box::new(open), auto_read_only, locking))
 }
 
 /// The dup of a set's descriptor that fits.
-fn open_fdset(sets: &FdSets, filename: &str, writable: bool, exclusive: bool) -> block::Result<block::Descriptor> {
+fn open_fdset(
+    sets: &FdSets,
+    wants: &Wants,
+    filename: &str,
+    node: &str,
+    writable: bool,
+    exclusive: bool,
+) -> block::Result<block::Descriptor> {
     let access = if writable { Access::READ_WRITE } else { Access::READ_ONLY };
-    let dup = sets.open_path(filename, access).map_err(|e| {
+    let set = fdset::path::set_id(filename);
+    let dup = set.and_then(|set| sets.open_for(set, access, node)).map_err(|e| {
         tracing::info!(filename, "{}", e.detail());
+        if let fdset::Error::NoSuchSet { id: set, .. } | fdset::Error::NoMatch { id: set, .. } = e {
+            wants.note(Wanted { set, access, node: node.to_owned() });
+        }
         block::Error::invalid(e.to_string())
     })?;
     // Image locks say nothing between two users of one open file: so let there be only one that writes.

@@ -24,7 +24,11 @@ pub fn types() -> Vec<Definition> {
                 Member::required("type", Type::Named("BlockExportType"), "The kind."),
                 Member::required("id", Type::Str, "The export's name in the monitor."),
                 Member::optional("fixed-iothread", Type::Bool, "Accepted: a client's requests never change threads."),
-                Member::optional("iothread", Type::Str, "Not supported: every client has a thread of its own."),
+                Member::optional(
+                    "iothread",
+                    Type::Str,
+                    "An iothread object; nothing changes, because every client has a thread of its own.",
+                ),
                 Member::required("node-name", Type::Str, "The node."),
                 Member::optional("writable", Type::Bool, "Whether clients may write; default false."),
                 Member::optional("writethrough", Type::Bool, "Not supported: must be false."),
@@ -109,8 +113,8 @@ fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     if daemon.exports.contains(&id) {
         return Err(Error::generic(format!("Block export id '{id}' is already in use")));
     }
-    if iothread.is_some() {
-        return Err(Error::generic("'iothread' is not supported: every client has a thread of its own; leave it out"));
+    if let Some(name) = iothread.filter(|name| daemon.objects.get(name).is_none()) {
+        return Err(Error::generic(format!("iothread \"{name}\" not found")));
     }
     if writethrough == Some(true) {
         return Err(Error::generic("'writethrough' is not supported by this version; leave it out"));

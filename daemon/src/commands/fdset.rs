@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `add-fd`, `remove-fd`, `query-fdsets`, `getfd`, `closefd`.
 
-use qmp::{Call, Command, Definition, Error, Member, Type};
+use qmp::{Call, Command, Definition, Error, Event, Member, Type};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::{fdset_detail, words};
 use crate::state::Daemon;
 
 pub fn types() -> Vec<Definition> {
     vec![
+        words("FdsetChange", &["added", "removed", "expired"], "What happened to a set."),
         Definition::structure(
             "AddfdInfo",
             [
@@ -22,6 +24,7 @@ pub fn types() -> Vec<Definition> {
             [
                 Member::required("fd", Type::Int, "The descriptor's number in the daemon."),
                 Member::optional("opaque", Type::Str, "The text that was given with it."),
+                Member::optional("detail", Type::Named("FdsetFdDetail"), "More about it, if `detail` was asked for."),
             ],
             "A descriptor of a set.",
         ),
@@ -32,6 +35,38 @@ pub fn types() -> Vec<Definition> {
                 Member::required("fds", Type::Array(&Type::Named("FdsetFdInfo")), "Its descriptors, oldest first."),
             ],
             "A set of descriptors.",
+        ),
+    ]
+}
+
+pub fn events() -> Vec<Event> {
+    vec![
+        Event::new(
+            "FDSET_CHANGED",
+            [
+                Member::required("fdset-id", Type::Int, "The set."),
+                Member::required("change", Type::Named("FdsetChange"), "What happened."),
+            ],
+            "Descriptors came into a set or left it. Nodes that come and go say nothing.",
+        ),
+        Event::new(
+            "FDSET_STRAY_FD",
+            [
+                Member::required("monitor", Type::Int, "The monitor, counted from 0 as on the command line."),
+                Member::required("count", Type::Int, "How many."),
+            ],
+            "Descriptors came that no command claimed; they are closed.",
+        ),
+        Event::new(
+            "FDSET_WANTED",
+            [
+                Member::required("fdset-id", Type::Int, "The set, which may not be there yet."),
+                Member::required("access", Type::Named("DescriptorAccess"), "What the descriptor must be opened for."),
+                Member::required("node-name", Type::Str, "The node that wants it."),
+                Member::required("seconds", Type::Int, "How long the command waits for it."),
+            ],
+            "A command waits for a descriptor that a set does not have. Pass it with `add-fd` over another monitor. Off unless \
+             asked for on the command line.",
         ),
     ]
 }
@@ -61,8 +96,18 @@ pub fn commands() -> Vec<Command<Daemon>> {
             ],
             remove_fd,
         ),
-        Command::new("query-fdsets", "Lists sets and descriptors, the highest set first.", [], query_fdsets)
-            .returning(Type::Array(&Type::Named("FdsetInfo"))),
+        Command::new(
+            "query-fdsets",
+            "Lists sets and descriptors, the highest set first.",
+            [Member::optional(
+                "detail",
+                Type::Bool,
+                "Whether to tell what each descriptor is, where it came from and who uses it; default false, which is \
+                 QEMU's answer.",
+            )],
+            query_fdsets,
+        )
+        .returning(Type::Array(&Type::Named("FdsetInfo"))),
         Command::new(
             "getfd",
             "Keeps the descriptor that came with the command under a name of this monitor.",
@@ -102,10 +147,15 @@ struct RemoveFd {
 fn remove_fd(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     let RemoveFd { fdset_id, fd } = call.parse()?;
     daemon.fdsets.remove(fdset_id, fd).map_err(|e| Error::generic(e.to_string()))?;
+    daemon.fdset_changed(fdset_id, "removed");
     Ok(Value::Null)
 }
 
-fn query_fdsets(daemon: &mut Daemon, _: Call<'_>) -> Result<Value, Error> {
+fn query_fdsets(daemon: &mut Daemon, call: Call<'_>) -> Result<Value, Error> {
+    let detailed = call.arguments().get("detail") == Some(&Value::Bool(true));
+    if detailed {
+        daemon.fdsets.refresh();
+    }
     Ok(daemon
         .fdsets
         .list()
@@ -116,6 +166,9 @@ fn query_fdsets(daemon: &mut Daemon, _: Call<'_>) -> Result<Value, Error> {
                     let mut info = Map::from_iter([("fd".to_owned(), json!(fd.number()))]);
                     if let Some(opaque) = fd.opaque() {
                         info.insert("opaque".into(), json!(opaque));
+                    }
+                    if detailed {
+                        info.insert("detail".into(), fdset_detail::detail(&set, fd));
                     }
                     Value::Object(info)
                 })

@@ -6,8 +6,12 @@ mod blockdev;
 mod confinement;
 mod export;
 mod fdset;
+mod fdset_detail;
+mod jobs;
+mod ledger;
 mod nbd_server;
 mod node_query;
+mod objects;
 mod options;
 mod reopen;
 
@@ -30,6 +34,10 @@ pub fn table() -> Table<Daemon> {
         confinement::types(),
         export::types(),
         fdset::types(),
+        fdset_detail::types(),
+        jobs::types(),
+        ledger::types(),
+        objects::types(),
         nbd_server::types(),
         node_query::types(),
     ]
@@ -42,11 +50,14 @@ pub fn table() -> Table<Daemon> {
     commands.extend(nbd_server::commands());
     commands.extend(export::commands());
     commands.extend(confinement::commands());
+    commands.extend(jobs::commands());
+    commands.extend(ledger::commands());
+    commands.extend(objects::commands());
     Table::new(version, types, commands, events()).expect("the table is consistent: a test builds it")
 }
 
 fn events() -> Vec<Event> {
-    vec![export::deleted_event()]
+    [vec![export::deleted_event(), jobs::status_event()], fdset::events()].concat()
 }
 
 fn quit(daemon: &mut Daemon, _: qmp::Call<'_>) -> Result<Value, qmp::Error> {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -51,6 +51,8 @@ struct Shared {
     changed: Box<dyn Fn() + Send + Sync>,
     /// Readable when the listener's thread should look up from its sleep.
     wake: OwnedFd,
+    /// The number of the listening socket, which its thread owns.
+    listener: RawFd,
     state: Mutex<State>,
 }
 
@@ -75,7 +77,8 @@ impl Server {
     ) -> io::Result<Server> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let state = Mutex::default();
-        let shared = Arc::new(Shared { limits, workers, changed: Box::new(changed), wake, state });
+        let number = listener.as_raw_fd();
+        let shared = Arc::new(Shared { limits, workers, changed: Box::new(changed), wake, listener: number, state });
         let accepting = Arc::clone(&shared);
         let thread = thread::Builder::new().name("nbd-listen".into()).stack_size(STACK);
         let listener = thread.spawn(move || accepting.accept_all(&listener))?;
@@ -99,6 +102,17 @@ impl Server {
         if let Some(export) = removed {
             export.close();
         }
+    }
+
+    /// Number of every descriptor that the server holds, and what it is.
+    pub fn descriptors(&self) -> Vec<(i32, String)> {
+        let own = [
+            (self.shared.listener, "the NBD server's listener".to_owned()),
+            (self.shared.wake.as_raw_fd(), "the NBD server's wake-ups".to_owned()),
+        ];
+        let state = self.shared.lock();
+        let clients = state.clients.iter().map(|(client, stream)| (stream.number(), format!("NBD client {client}")));
+        own.into_iter().chain(clients).collect()
     }
 
     /// Number of clients, those in negotiation included.

@@ -2,7 +2,7 @@
 //! A connected socket: exact reads and writes, with a deadline while the peer has proved nothing yet.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -19,6 +19,11 @@ impl Stream {
         // Replies are gathered into one write already; only TCP knows the option.
         let _ = rustix::net::sockopt::set_tcp_nodelay(&socket, true);
         Stream(socket)
+    }
+
+    /// The descriptor's number.
+    pub fn number(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 
     /// Receives what is there, at least one byte; 0 is the end.
