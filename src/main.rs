@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, reason = "a command line talks to people")]
 
 mod demo;
+mod fdsets;
 mod nbd_client;
 mod serve;
 mod table;
@@ -30,6 +31,8 @@ struct CommandLine {
 enum Verb {
     /// Serve a disk image over NBD on a unix socket, read by a process that can open nothing.
     Serve(serve::Options),
+    /// Show what a running daemon was passed, or look for descriptors that it has lost sight of.
+    Fdsets(fdsets::Options),
     /// Show on a small disk how it works, and that the daemon cannot get out.
     Demo(demo::Options),
     /// The confined daemon alone, driven over QMP (see `doorless daemon --help`).
@@ -101,6 +104,7 @@ fn main() -> ExitCode {
 fn run(verb: Verb) -> anyhow::Result<ExitCode> {
     match verb {
         Verb::Serve(options) => serve::run(&options)?,
+        Verb::Fdsets(options) => return fdsets::run(&options),
         Verb::Demo(options) => return demo::run(&options),
         Verb::Daemon(Rest { arguments }) => daemon::run(DAEMON, arguments)?,
         Verb::Inspect(InspectOptions { format, confinement }) => {

@@ -32,6 +32,9 @@ pub struct Options {
     /// The export's name; by default the empty name, which clients ask for when they name none.
     #[arg(long, default_value = "")]
     name: String,
+    /// A QMP monitor for others, at this path: `doorless fdsets` and clients of your own.
+    #[arg(long, value_name = "PATH")]
+    monitor: Option<PathBuf>,
     /// A further directory beneath which files named by the image (backing, data file) may be opened. May be repeated.
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
@@ -61,6 +64,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         },
         socket: socket.clone(),
         name: options.name.clone(),
+        monitor: options.monitor.as_deref().map(std::path::absolute).transpose()?,
     };
     let served = serve(&options.confinement.program(), &request)?;
     // Whoever started this may have closed the pipe already; the disk is served all the same.

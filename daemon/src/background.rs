@@ -7,7 +7,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::{Command, Stdio};
 
 use fdset::FdPolicy;
@@ -99,7 +99,7 @@ impl Announcement {
         }
         if let Some((pipe, null)) = self.ready {
             let failed = |e: &dyn std::fmt::Display| UsageError(format!("could not go into the background: {e}"));
-            rustix::stdio::dup2_stderr(&null).map_err(|e| failed(&e))?;
+            sys::fd::replace(std::io::stderr().as_fd(), null.as_fd()).map_err(|e| failed(&e))?;
             File::from(pipe).write_all(READY).map_err(|e| failed(&e))?;
         }
         Ok(())

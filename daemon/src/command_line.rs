@@ -54,7 +54,7 @@ Serves disk images that arrive as descriptors. The process confines itself befor
   --pidfile PATH         write the process id there once everything else is done
   --daemonize            go on in the background once everything else is done
   --trace OPTIONS        accepted, and of no effect
-  --ends-with-monitors   end when the last monitor is gone for good
+  --ends-with-monitors   end with the last client of a connected (not listening) monitor socket
   --help, --version
 
 OPTIONS are key=value,key.sub=value,... or JSON. Options take effect in order.
@@ -113,6 +113,7 @@ pub fn run(style: Style, arguments: impl IntoIterator<Item = OsString>) -> Resul
     let Some(plans) = read(style, arguments, &table)? else { return Ok(()) };
     let Plans { actions, openings, monitors, mut fdsets, fdset_events, confinement, ends_with_monitors, announcement } =
         plans;
+    sys::fd::close_inherited().map_err(failed("close what was inherited"))?;
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     fdsets.quotas.total = fdsets.quotas.total.or_else(|| Some(reserve::sets_share(limit)));
     let confined = confine::confine(&confinement).map_err(|e| UsageError(e.to_string()))?;

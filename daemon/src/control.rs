@@ -38,7 +38,7 @@ pub struct Setup {
     pub fdset_events: FdsetEvents,
     /// Signals that end it.
     pub signals: Signals,
-    /// Whether it ends when no monitor has a client or can get one: for a daemon that belongs to its manager.
+    /// Whether it ends with the last monitor that came connected: for a daemon that belongs to its manager.
     pub ends_with_monitors: bool,
 }
 
@@ -62,7 +62,11 @@ pub fn serve(
         let keeper = lifetime.map_or_else(Keeper::default, |lifetime| daemon.fdsets.keeper(lifetime));
         monitors.push(Monitor::new(id, source, pretty, keeper, &table, &mut daemon)?);
     }
-    let abandoned = |monitors: &[Monitor]| setup.ends_with_monitors && monitors.iter().all(Monitor::is_over);
+    let abandoned = |monitors: &[Monitor]| {
+        setup.ends_with_monitors
+            && monitors.iter().any(Monitor::is_over)
+            && monitors.iter().all(|monitor| monitor.is_over() || monitor.listens())
+    };
     while !daemon.quit && !abandoned(&monitors) {
         let ready = wait(&setup.signals, &wake, &monitors, &daemon)?;
         if ready.signal && setup.signals.next()?.is_some() {
@@ -83,8 +87,15 @@ pub fn serve(
             announce(&mut daemon, &mut monitors);
             monitors[index].answer(&answer);
         }
-        for monitor in &mut monitors {
-            monitor.flush(&mut daemon);
+        // A client that turns out to have gone here is news for the others.
+        loop {
+            for monitor in &mut monitors {
+                monitor.flush(&mut daemon);
+            }
+            if daemon.events.is_empty() {
+                break;
+            }
+            announce(&mut daemon, &mut monitors);
         }
     }
     Ok(())

@@ -79,6 +79,11 @@ impl Monitor {
         self.listener.is_none() && self.client.is_none()
     }
 
+    /// Whether client after client may come.
+    pub fn listens(&self) -> bool {
+        self.listener.is_some()
+    }
+
     /// What to poll, and for what; nothing for a monitor that is over.
     pub fn interest(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         match (&self.client, &self.listener) {

@@ -28,6 +28,7 @@ pub enum InspectError {
 pub fn run(format: Option<&str>, best_effort: bool) -> Result<(), InspectError> {
     let image = sys::fd::standard_input().map_err(InspectError::Input)?;
     let plan = Plan::new(Role::Inspector);
+    sys::fd::close_inherited().map_err(InspectError::Input)?;
     confine::confine(&if best_effort { plan.best_effort() } else { plan })?;
     let answer = inspect(image, format).unwrap_or_else(|e| json!({ "error": e.to_string() }));
     io::stdout().write_all(format!("{answer}\n").as_bytes()).map_err(InspectError::Output)

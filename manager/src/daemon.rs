@@ -2,10 +2,12 @@
 //! The confined daemon as the manager sees it: a child process with one socket.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::process::{Child, ExitStatus, Stdio};
 
 use qmp::Client;
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde_json::{Map, Value};
 
@@ -25,12 +27,26 @@ impl Daemon {
     /// # Errors
     /// It cannot be started, or ends before it greets (its own message is on standard error).
     pub fn start(program: &Program) -> Result<Daemon> {
+        Daemon::start_with(program, None)
+    }
+
+    /// The same with a second monitor, whose clients come over `listener`.
+    ///
+    /// # Errors
+    /// Those of [`start`](Daemon::start).
+    pub fn start_with(program: &Program, listener: Option<UnixListener>) -> Result<Daemon> {
         let doing = "could not start the confined daemon";
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(io::Error::from)
             .map_err(Error::process(doing))?;
         let mut command = program.verb("daemon");
         command.args(["--chardev", "socket,id=manager,fd=0", "--monitor", "manager", "--ends-with-monitors"]);
+        if let Some(listener) = &listener {
+            // The one descriptor besides the standard streams that the daemon inherits.
+            fcntl_setfd(listener, FdFlags::empty()).map_err(io::Error::from).map_err(Error::process(doing))?;
+            let chardev = format!("socket,id=others,fd={},server=on,wait=off", listener.as_raw_fd());
+            command.args(["--chardev", &chardev, "--monitor", "others"]);
+        }
         command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
         let child = command.spawn().map_err(Error::process(doing))?;
         // Our copy of the daemon's end goes with the command: if the daemon dies, the socket says so.

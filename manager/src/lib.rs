@@ -11,6 +11,7 @@ pub mod daemon;
 pub mod disk;
 mod error;
 pub mod inspector;
+pub mod monitor;
 pub mod opening;
 pub mod serve;
 

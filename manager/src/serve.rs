@@ -31,6 +31,8 @@ pub struct Request {
     pub socket: PathBuf,
     /// The export's name; empty is the default export.
     pub name: String,
+    /// Where others find a monitor of the daemon.
+    pub monitor: Option<PathBuf>,
 }
 
 /// A disk that is being served.
@@ -40,7 +42,7 @@ pub struct Served {
     pub daemon: Daemon,
     /// What it serves.
     pub chain: Chain,
-    socket: PathBuf,
+    sockets: Vec<PathBuf>,
 }
 
 /// Opens the image, starts a confined daemon, passes it everything, and exports the disk.
@@ -49,10 +51,12 @@ pub struct Served {
 /// Any step's; nothing is left behind.
 pub fn serve(program: &Program, request: &Request) -> Result<Served> {
     let chain = chain::open(program, &request.image, &request.policy)?;
-    let mut daemon = Daemon::start(program)?;
+    let monitor = request.monitor.as_deref().map(listen).transpose()?;
+    let mut daemon = Daemon::start_with(program, monitor)?;
     let node = disk::attach(&mut daemon, &chain, DISK)?;
     let listener = listen(&request.socket)?;
-    let served = Served { daemon, chain, socket: request.socket.clone() };
+    let sockets = [Some(request.socket.clone()), request.monitor.clone()].into_iter().flatten().collect();
+    let served = Served { daemon, chain, sockets };
     served.export(&listener, &node, &request.name)
 }
 
@@ -66,12 +70,14 @@ impl Served {
         Ok(self)
     }
 
-    /// Ends the daemon properly and removes the socket.
+    /// Ends the daemon properly and removes its sockets.
     ///
     /// # Errors
     /// The daemon cannot be waited for.
     pub fn stop(self) -> Result<()> {
-        let _ = std::fs::remove_file(&self.socket);
+        for socket in &self.sockets {
+            let _ = std::fs::remove_file(socket);
+        }
         self.daemon.stop().map(drop).map_err(Error::process("could not wait for the daemon"))
     }
 }

@@ -31,6 +31,28 @@ pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Closes what the parent left open across `exec` and nobody has [taken](inherited), the standard streams excepted. Call it
+/// while the process has one thread, after everything that was passed on purpose has been taken.
+///
+/// # Errors
+/// The process's own descriptors cannot be listed.
+pub fn close_inherited() -> io::Result<()> {
+    let taken = TAKEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut numbers: Vec<RawFd> = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        numbers.extend(entry?.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok()));
+    }
+    for number in numbers.into_iter().filter(|&number| number > 2 && !taken.contains(&number)) {
+        // SAFETY: fcntl with F_GETFD only reads the flags of a number; an unused number answers EBADF.
+        let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+        if flags >= 0 && flags & libc::FD_CLOEXEC == 0 {
+            // SAFETY: everything that this process opens is close-on-exec, so this was inherited and has no owner here.
+            unsafe { libc::close(number) };
+        }
+    }
+    Ok(())
+}
+
 /// Takes what stands as standard input, close-on-exec, and leaves `/dev/null` in its place. This is how a parent hands a
 /// child its first socket: standard input needs no agreement about numbers.
 ///
