@@ -26,6 +26,8 @@ pub struct Shown<'a> {
 }
 
 struct Entry {
+    /// Grows from export to export.
+    age: u64,
     export: Arc<Export>,
     claim: Claim,
     shutting_down: bool,
@@ -35,6 +37,7 @@ struct Entry {
 pub struct Exports {
     nbd: Option<Server>,
     entries: BTreeMap<String, Entry>,
+    next_age: u64,
     workers: Workers,
     wake: Arc<Wake>,
 }
@@ -42,7 +45,7 @@ pub struct Exports {
 impl Exports {
     /// None yet. `wake` is told when a client has left.
     pub fn new(wake: Arc<Wake>) -> Exports {
-        Exports { nbd: None, entries: BTreeMap::new(), workers: Workers::new(), wake }
+        Exports { nbd: None, entries: BTreeMap::new(), next_age: 0, workers: Workers::new(), wake }
     }
 
     /// Whether there is an NBD server.
@@ -91,7 +94,8 @@ impl Exports {
         let Some(server) = &self.nbd else { return Err((Error::generic("NBD server not running"), claim)) };
         let taken = format!("NBD server already has export named '{}'", settings.name);
         let Some(export) = server.add(settings) else { return Err((Error::generic(taken), claim)) };
-        self.entries.insert(id, Entry { export, claim, shutting_down: false });
+        self.entries.insert(id, Entry { age: self.next_age, export, claim, shutting_down: false });
+        self.next_age += 1;
         Ok(())
     }
 
@@ -127,9 +131,11 @@ impl Exports {
         self.nbd.as_ref().map(Server::descriptors).unwrap_or_default()
     }
 
-    /// Every export, by id.
+    /// Every export, the newest first.
     pub fn list(&self) -> impl Iterator<Item = Shown<'_>> {
-        self.entries.iter().map(|(id, entry)| Shown {
+        let mut entries: Vec<_> = self.entries.iter().collect();
+        entries.sort_by_key(|(_, entry)| std::cmp::Reverse(entry.age));
+        entries.into_iter().map(|(id, entry)| Shown {
             id,
             kind: "nbd",
             node_name: entry.export.node().name(),

@@ -212,7 +212,7 @@ pub fn driver_options(driver: &DriverEntry, options: &Map<String, Value>) -> Res
             (OptionKind::Bool, Value::Bool(value)) => OptionValue::Bool(*value),
             (OptionKind::Str, Value::String(value)) => OptionValue::Str(value.clone()),
             (OptionKind::Size, value) => OptionValue::Size(value.as_u64().ok_or_else(|| {
-                Error::generic(format!("Parameter '{}' expects a number of bytes from 0 to 2^63-1", spec.name))
+                Error::generic(format!("Value '{value}' is out of range for parameter '{}'", spec.name))
             })?),
             (OptionKind::Bool, _) => return Err(Error::invalid_type(spec.name, "boolean")),
             (OptionKind::Str, _) => return Err(Error::invalid_type(spec.name, "string")),

@@ -96,7 +96,7 @@ struct Create {
 #[derive(Deserialize)]
 struct CreateOptions {
     filename: String,
-    size: u64,
+    size: i64,
     preallocation: Option<String>,
     nocow: Option<bool>,
 }
@@ -106,6 +106,8 @@ fn create(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     if nocow == Some(true) {
         return Err(Error::generic("'nocow' is not supported; leave it out"));
     }
+    let size = u64::try_from(size)
+        .map_err(|_| Error::generic(format!("Value '{size}' is out of range for parameter 'size'")))?;
     let preallocation = match preallocation.as_deref() {
         None | Some("off") => Preallocation::Off,
         Some("falloc") => Preallocation::Allocate,
