@@ -59,7 +59,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let confinement = daemon.execute("query-confinement", json!({}), &[])?;
     show(&layers(&confinement));
 
-    let node = disk::attach(&mut daemon, &chain, "disk")?;
+    let node = disk::attach(&mut daemon, &chain, "disk", true)?;
     let sets = daemon.execute("query-fdsets", json!({}), &[])?;
     say(
         4,

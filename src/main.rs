@@ -4,6 +4,7 @@
 
 mod demo;
 mod fdsets;
+mod nbd;
 mod nbd_client;
 mod serve;
 mod table;
@@ -38,6 +39,9 @@ enum Verb {
     /// The confined daemon alone, driven over QMP (see `doorless daemon --help`).
     #[command(disable_help_flag = true)]
     Daemon(Rest),
+    /// Serve a disk image over NBD with qemu-nbd's options (see `doorless nbd --help`).
+    #[command(disable_help_flag = true)]
+    Nbd(Rest),
     /// Tell what the image on standard input is, confined. For the manager's use.
     #[command(hide = true)]
     Inspect(InspectOptions),
@@ -45,7 +49,7 @@ enum Verb {
 
 #[derive(Args)]
 struct Rest {
-    /// Options as qemu-storage-daemon has them.
+    /// Options as QEMU's program has them.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
 }
@@ -93,6 +97,7 @@ fn main() -> ExitCode {
         Some(name @ "qemu-storage-daemon") => {
             (name, daemon::run(STORAGE_DAEMON, arguments).map(|()| ExitCode::SUCCESS).map_err(Into::into))
         }
+        Some(name @ "qemu-nbd") => (name, nbd::run("qemu-nbd", arguments.collect())),
         _ => ("doorless", run(CommandLine::parse().verb)),
     };
     result.unwrap_or_else(|e| {
@@ -107,6 +112,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Fdsets(options) => return fdsets::run(&options),
         Verb::Demo(options) => return demo::run(&options),
         Verb::Daemon(Rest { arguments }) => daemon::run(DAEMON, arguments)?,
+        Verb::Nbd(Rest { arguments }) => return nbd::run("doorless nbd", arguments),
         Verb::Inspect(InspectOptions { format, confinement }) => {
             img::inspect::run(format.as_deref(), confinement.confine == "best-effort")?;
         }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::Args;
 use manager::chain::{Chain, Policy};
-use manager::serve::{Request, serve, uri};
+use manager::serve::{End, ExportOptions, Listen, Request, serve, uri};
 
 use crate::{Confinement, PrivateSocket};
 
@@ -62,15 +62,20 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             read_only: options.read_only,
             allowed: options.allow.clone(),
         },
-        socket: socket.clone(),
-        name: options.name.clone(),
+        listen: Listen::Unix(socket.clone()),
         monitor: options.monitor.as_deref().map(std::path::absolute).transpose()?,
+        export: ExportOptions { name: options.name.clone(), discard: true, ..ExportOptions::default() },
     };
-    let served = serve(&options.confinement.program(), &request)?;
+    let served = serve(&options.confinement.program(), request)?;
     // Whoever started this may have closed the pipe already; the disk is served all the same.
     let _ = announce(&served.chain, served.daemon.pid(), &uri(&socket, &options.name));
-    waiting.until_signal_or_end(&served.daemon)?;
-    served.stop()?;
+    match waiting.until_signal_or_end(&served.daemon)? {
+        End::Signal => served.stop()?,
+        End::Daemon => {
+            served.wait()?;
+            bail!("the daemon has ended; its own message says why");
+        }
+    }
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 /// A crate of ours and the crates of ours that it may depend on; everything else is an error.
 const ARROWS: &[(&str, &[&str])] = &[
-    ("doorless", &["doorless-daemon", "doorless-img", "doorless-manager"]),
+    ("doorless", &["doorless-daemon", "doorless-img", "doorless-manager", "doorless-sys"]),
     (
         "doorless-daemon",
         &["doorless-block", "doorless-confine", "doorless-export", "doorless-qmp", "doorless-sys", "fdset"],

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 use sys::signal::{self, Signals};
 
 use crate::background::{self, Announcement, READY_OPTION};
-use crate::control::{self, MonitorSetup, Setup};
+use crate::control::{self, Ends, MonitorSetup, Setup};
 use crate::opening::{Chardevs, Openings};
 use crate::reserve;
 use crate::state::{Daemon, FdsetEvents};
@@ -54,6 +54,7 @@ Serves disk images that arrive as descriptors. The process confines itself befor
   --pidfile PATH         write the process id there once everything else is done
   --daemonize            go on in the background once everything else is done
   --trace OPTIONS        accepted, and of no effect
+  --ends-with-clients    end when the last NBD client has left
   --ends-with-monitors   end with the last client of a connected (not listening) monitor socket
   --help, --version
 
@@ -85,7 +86,7 @@ struct Plans {
     fdsets: Settings,
     fdset_events: FdsetEvents,
     confinement: Plan,
-    ends_with_monitors: bool,
+    ends: Ends,
     announcement: Announcement,
 }
 
@@ -111,13 +112,12 @@ pub fn run(style: Style, arguments: impl IntoIterator<Item = OsString>) -> Resul
     let signals = Signals::block(&[signal::INT, signal::TERM, signal::HUP]).map_err(failed("block signals"))?;
     let table = crate::commands::table();
     let Some(plans) = read(style, arguments, &table)? else { return Ok(()) };
-    let Plans { actions, openings, monitors, mut fdsets, fdset_events, confinement, ends_with_monitors, announcement } =
-        plans;
+    let Plans { actions, openings, monitors, mut fdsets, fdset_events, confinement, ends, announcement } = plans;
     sys::fd::close_inherited().map_err(failed("close what was inherited"))?;
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     fdsets.quotas.total = fdsets.quotas.total.or_else(|| Some(reserve::sets_share(limit)));
     let confined = confine::confine(&confinement).map_err(|e| UsageError(e.to_string()))?;
-    let setup = Setup { monitors, fdsets, fdset_events, signals, ends_with_monitors };
+    let setup = Setup { monitors, fdsets, fdset_events, signals, ends };
     let startup = |table: &Table<Daemon>, daemon: &mut Daemon| {
         act(table, daemon, openings, actions)?;
         announcement.make(daemon).map_err(|e| qmp::Error::generic(e.0))
@@ -153,7 +153,7 @@ fn read(
         fdsets: Settings { policy: style.fd_policy, in_use: InUse::Keep, ..Settings::default() },
         fdset_events: FdsetEvents::default(),
         confinement: Plan::new(Role::Daemon),
-        ends_with_monitors: false,
+        ends: Ends::default(),
         announcement: Announcement::default(),
     };
     let mut arguments = arguments.into_iter();
@@ -170,7 +170,11 @@ fn read(
             "help" | "h" => return print(HELP),
             "version" | "V" => return print(&format!("{} {}\n", style.name, env!("CARGO_PKG_VERSION"))),
             "ends-with-monitors" => {
-                plans.ends_with_monitors = true;
+                plans.ends.with_monitors = true;
+                continue;
+            }
+            "ends-with-clients" => {
+                plans.ends.with_clients = true;
                 continue;
             }
             _ => {}

@@ -38,8 +38,17 @@ pub struct Setup {
     pub fdset_events: FdsetEvents,
     /// Signals that end it.
     pub signals: Signals,
-    /// Whether it ends with the last monitor that came connected: for a daemon that belongs to its manager.
-    pub ends_with_monitors: bool,
+    /// What ends it besides `quit` and signals.
+    pub ends: Ends,
+}
+
+/// What ends a daemon besides `quit` and signals.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ends {
+    /// The last monitor that came connected has gone: for a daemon that belongs to its manager.
+    pub with_monitors: bool,
+    /// NBD clients have been served, and none is left.
+    pub with_clients: bool,
 }
 
 /// Serves until `quit`, a signal, or the end of the monitors. The proof says that this process can open nothing any more.
@@ -63,11 +72,12 @@ pub fn serve(
         monitors.push(Monitor::new(id, source, pretty, keeper, &table, &mut daemon)?);
     }
     let abandoned = |monitors: &[Monitor]| {
-        setup.ends_with_monitors
+        setup.ends.with_monitors
             && monitors.iter().any(Monitor::is_over)
             && monitors.iter().all(|monitor| monitor.is_over() || monitor.listens())
     };
-    while !daemon.quit && !abandoned(&monitors) {
+    let served_out = |daemon: &Daemon| setup.ends.with_clients && daemon.exports.is_served_out();
+    while !daemon.quit && !abandoned(&monitors) && !served_out(&daemon) {
         let ready = wait(&setup.signals, &wake, &monitors, &daemon)?;
         if ready.signal && setup.signals.next()?.is_some() {
             daemon.quit = true;

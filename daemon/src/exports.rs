@@ -126,6 +126,11 @@ impl Exports {
             .collect()
     }
 
+    /// Whether NBD clients have been served and none is connected any more.
+    pub fn is_served_out(&self) -> bool {
+        self.nbd.as_ref().is_some_and(Server::is_served_out)
+    }
+
     /// Every descriptor of its servers and what it is.
     pub fn descriptors(&self) -> Vec<(i32, String)> {
         self.nbd.as_ref().map(Server::descriptors).unwrap_or_default()

@@ -14,6 +14,17 @@ use serde_json::{Map, Value};
 use crate::inspector::Program;
 use crate::{Error, Result};
 
+/// What a daemon is started with besides its first monitor.
+#[derive(Debug, Default)]
+pub struct Launch {
+    /// A second monitor, whose clients come over this listener.
+    pub monitor: Option<UnixListener>,
+    /// Whether it ends when the last NBD client has left.
+    pub ends_with_clients: bool,
+    /// Whether it lets go of standard error once it is ready.
+    pub background: bool,
+}
+
 /// A running daemon. Dropping it closes the socket, and then the daemon ends by itself.
 #[derive(Debug)]
 pub struct Daemon {
@@ -27,21 +38,28 @@ impl Daemon {
     /// # Errors
     /// It cannot be started, or ends before it greets (its own message is on standard error).
     pub fn start(program: &Program) -> Result<Daemon> {
-        Daemon::start_with(program, None)
+        Daemon::start_with(program, &Launch::default())
     }
 
-    /// The same with a second monitor, whose clients come over `listener`.
+    /// The same with more to it.
     ///
     /// # Errors
     /// Those of [`start`](Daemon::start).
-    pub fn start_with(program: &Program, listener: Option<UnixListener>) -> Result<Daemon> {
+    pub fn start_with(program: &Program, launch: &Launch) -> Result<Daemon> {
         let doing = "could not start the confined daemon";
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(io::Error::from)
             .map_err(Error::process(doing))?;
         let mut command = program.verb("daemon");
         command.args(["--chardev", "socket,id=manager,fd=0", "--monitor", "manager", "--ends-with-monitors"]);
-        if let Some(listener) = &listener {
+        let pipe = if launch.background { Some(sys::background::pipe().map_err(Error::process(doing))?) } else { None };
+        if let Some((_, theirs)) = &pipe {
+            command.arg(format!("--ready-fd={}", theirs.as_raw_fd()));
+        }
+        if launch.ends_with_clients {
+            command.arg("--ends-with-clients");
+        }
+        if let Some(listener) = &launch.monitor {
             // The one descriptor besides the standard streams that the daemon inherits.
             fcntl_setfd(listener, FdFlags::empty()).map_err(io::Error::from).map_err(Error::process(doing))?;
             let chardev = format!("socket,id=others,fd={},server=on,wait=off", listener.as_raw_fd());
@@ -49,6 +67,7 @@ impl Daemon {
         }
         command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
         let child = command.spawn().map_err(Error::process(doing))?;
+        // The pipe's other end stays open until the daemon has greeted, and so has written to it.
         // Our copy of the daemon's end goes with the command: if the daemon dies, the socket says so.
         drop(command);
         let client = Client::new(ours).map_err(|source| Error::Daemon { command: "the connection".into(), source })?;

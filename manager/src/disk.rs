@@ -10,11 +10,11 @@ use crate::chain::Chain;
 use crate::daemon::Daemon;
 use crate::opening::{Opened, Rights};
 
-/// Passes the files of `chain` and builds its nodes, the lowest first. Returns the name of the top node.
+/// Passes the files of `chain` and builds its nodes, the lowest first; `discard` passes discards on. Returns the name of the top node.
 ///
 /// # Errors
 /// The daemon refuses one.
-pub fn attach(daemon: &mut Daemon, chain: &Chain, name: &str) -> Result<String> {
+pub fn attach(daemon: &mut Daemon, chain: &Chain, name: &str, discard: bool) -> Result<String> {
     let mut below: Option<String> = None;
     for (index, layer) in chain.layers.iter().enumerate().rev() {
         let node = if index == 0 { name.to_owned() } else { format!("{name}-layer{index}") };
@@ -22,7 +22,7 @@ pub fn attach(daemon: &mut Daemon, chain: &Chain, name: &str) -> Result<String> 
             ("driver".to_owned(), json!(layer.inspection.format)),
             ("node-name".into(), json!(node)),
             ("read-only".into(), json!(layer.image.rights == Rights::ReadOnly)),
-            ("discard".into(), json!("unmap")),
+            ("discard".into(), json!(if discard { "unmap" } else { "ignore" })),
             ("file".into(), file(daemon, &layer.image)?),
         ]);
         if let Some(data_file) = &layer.data_file {

@@ -21,6 +21,14 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// An address could not be listened on.
+    #[error("could not listen on {address}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
     /// Policy forbids it; the text says what and how it could be allowed.
     #[error("{0}")]
     Refused(String),

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A disk image on an NBD socket: open, pass, export.
 
-use std::os::fd::AsFd;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use serde_json::json;
 use sys::signal::{self, Signals};
 
 use crate::chain::{self, Chain, Policy};
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, Launch};
 use crate::disk;
 use crate::inspector::Program;
 use crate::opening::Rights;
@@ -21,18 +22,50 @@ use crate::{Error, Result};
 const DISK: &str = "disk";
 
 /// What to serve, and where.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Request {
     /// The image.
     pub image: PathBuf,
     /// What may be opened, and how.
     pub policy: Policy,
-    /// Where the socket will be.
-    pub socket: PathBuf,
-    /// The export's name; empty is the default export.
-    pub name: String,
+    /// Where clients come from.
+    pub listen: Listen,
     /// Where others find a monitor of the daemon.
     pub monitor: Option<PathBuf>,
+    /// How it is offered.
+    pub export: ExportOptions,
+}
+
+/// Where NBD clients come from.
+#[derive(Debug)]
+pub enum Listen {
+    /// A unix socket at this path.
+    Unix(PathBuf),
+    /// A TCP port of this host's address.
+    Tcp(String, u16),
+    /// A socket that listens already: socket activation.
+    Passed(OwnedFd),
+}
+
+/// How a disk is offered.
+#[derive(Clone, Debug, Default)]
+pub struct ExportOptions {
+    /// What clients ask for; empty is the default export.
+    pub name: String,
+    /// Free text for clients.
+    pub description: Option<String>,
+    /// Byte of the image at which the export begins.
+    pub offset: u64,
+    /// Whether discards of clients are passed on.
+    pub discard: bool,
+    /// Most clients at once; 0 is no limit, `None` the daemon's default.
+    pub max_connections: Option<u32>,
+    /// How long a client may negotiate, seconds; 0 is no limit, `None` the daemon's default.
+    pub handshake_seconds: Option<u32>,
+    /// Whether it is over when the last client has left.
+    pub until_unused: bool,
+    /// Whether the daemon lets go of standard error once it is ready.
+    pub background: bool,
 }
 
 /// A disk that is being served.
@@ -49,37 +82,95 @@ pub struct Served {
 ///
 /// # Errors
 /// Any step's; nothing is left behind.
-pub fn serve(program: &Program, request: &Request) -> Result<Served> {
-    let chain = chain::open(program, &request.image, &request.policy)?;
-    let monitor = request.monitor.as_deref().map(listen).transpose()?;
-    let mut daemon = Daemon::start_with(program, monitor)?;
-    let node = disk::attach(&mut daemon, &chain, DISK)?;
-    let listener = listen(&request.socket)?;
-    let sockets = [Some(request.socket.clone()), request.monitor.clone()].into_iter().flatten().collect();
+pub fn serve(program: &Program, request: Request) -> Result<Served> {
+    let Request { image, policy, listen: place, monitor, export } = request;
+    let chain = chain::open(program, &image, &policy)?;
+    let launch = Launch {
+        monitor: monitor.as_deref().map(listen).transpose()?,
+        ends_with_clients: export.until_unused,
+        background: export.background,
+    };
+    let mut daemon = Daemon::start_with(program, &launch)?;
+    let node = disk::attach(&mut daemon, &chain, DISK, export.discard)?;
+    let mut sockets: Vec<PathBuf> = monitor.into_iter().collect();
+    let listener = match place {
+        Listen::Unix(path) => {
+            let listener = listen(&path)?;
+            sockets.push(path);
+            OwnedFd::from(listener)
+        }
+        Listen::Tcp(host, port) => {
+            let failed = |source| Error::Listen { address: format!("{host}:{port}"), source };
+            TcpListener::bind((host.as_str(), port)).map_err(failed)?.into()
+        }
+        Listen::Passed(listener) => listener,
+    };
     let served = Served { daemon, chain, sockets };
-    served.export(&listener, &node, &request.name)
+    served.export(&listener, node, &export)
 }
 
 impl Served {
-    fn export(mut self, listener: &UnixListener, node: &str, name: &str) -> Result<Served> {
-        self.daemon.execute("getfd", json!({ "fdname": "nbd" }), &[listener.as_fd()])?;
-        self.daemon.execute("nbd-server-start", json!({ "addr": { "type": "fd", "data": { "str": "nbd" } } }), &[])?;
+    fn export(mut self, listener: &OwnedFd, mut node: String, options: &ExportOptions) -> Result<Served> {
         let writable = self.chain.layers[0].image.rights == Rights::ReadWrite;
-        let export = json!({ "type": "nbd", "id": DISK, "node-name": node, "name": name, "writable": writable });
+        if options.offset > 0 {
+            let part = json!({
+                "driver": "raw", "node-name": "part", "file": node, "offset": options.offset,
+                "read-only": !writable, "discard": if options.discard { "unmap" } else { "ignore" },
+            });
+            self.daemon.execute("blockdev-add", part, &[])?;
+            node = "part".into();
+        }
+        self.daemon.execute("getfd", json!({ "fdname": "nbd" }), &[listener.as_fd()])?;
+        let mut start = json!({ "addr": { "type": "fd", "data": { "str": "nbd" } } });
+        if let Some(most) = options.max_connections {
+            start["max-connections"] = json!(most);
+        }
+        if let Some(seconds) = options.handshake_seconds {
+            start["handshake-max-seconds"] = json!(seconds);
+        }
+        self.daemon.execute("nbd-server-start", start, &[])?;
+        let mut export =
+            json!({ "type": "nbd", "id": DISK, "node-name": node, "name": options.name, "writable": writable });
+        if let Some(description) = &options.description {
+            export["description"] = json!(description);
+        }
         self.daemon.execute("block-export-add", export, &[])?;
         Ok(self)
     }
 
-    /// Ends the daemon properly and removes its sockets.
+    /// Ends the daemon properly and removes the sockets.
     ///
     /// # Errors
     /// The daemon cannot be waited for.
     pub fn stop(self) -> Result<()> {
+        self.remove_sockets();
+        self.daemon.stop().map(drop).map_err(Error::process("could not wait for the daemon"))
+    }
+
+    /// Waits for the end of a daemon that has ended or is about to, and removes the sockets; whether all went well.
+    ///
+    /// # Errors
+    /// The daemon cannot be waited for.
+    pub fn wait(self) -> Result<bool> {
+        self.remove_sockets();
+        let status = self.daemon.wait().map_err(Error::process("could not wait for the daemon"))?;
+        Ok(status.success())
+    }
+
+    fn remove_sockets(&self) {
         for socket in &self.sockets {
             let _ = std::fs::remove_file(socket);
         }
-        self.daemon.stop().map(drop).map_err(Error::process("could not wait for the daemon"))
     }
+}
+
+/// What ended the waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// A signal: the daemon may still run.
+    Signal,
+    /// The daemon's own end.
+    Daemon,
 }
 
 /// Waits for what ends a served disk. Made before anything is started, so that no signal is missed.
@@ -95,11 +186,11 @@ impl Waiting {
         Ok(Waiting(Signals::block(&[signal::INT, signal::TERM, signal::HUP])?))
     }
 
-    /// Returns at a signal.
+    /// Returns at a signal or when the daemon has ended.
     ///
     /// # Errors
-    /// The daemon has ended.
-    pub fn until_signal_or_end(&self, daemon: &Daemon) -> Result<()> {
+    /// The two cannot be waited for.
+    pub fn until_signal_or_end(&self, daemon: &Daemon) -> Result<End> {
         let failed = Error::process("could not wait for the daemon");
         let pidfd = daemon.pidfd().map_err(failed)?;
         loop {
@@ -109,10 +200,10 @@ impl Waiting {
             polled.map_err(Error::process("could not wait for the daemon"))?;
             // A Ctrl-C reaches both: then the end of the daemon is no accident.
             if signal && self.0.next().map_err(Error::process("could not read a signal"))?.is_some() {
-                return Ok(());
+                return Ok(End::Signal);
             }
             if ended {
-                return Err(Error::Refused("the daemon has ended; its own message says why".into()));
+                return Ok(End::Daemon);
             }
         }
     }

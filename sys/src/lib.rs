@@ -8,6 +8,7 @@
 //! readable descriptor.
 
 pub mod attempt;
+pub mod background;
 pub mod disk;
 pub mod fd;
 pub mod file;

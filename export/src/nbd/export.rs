@@ -26,6 +26,8 @@ pub struct Settings {
 #[derive(Debug)]
 pub struct Export {
     settings: Settings,
+    /// The server takes one client at a time: a second connection of the same client would wait for ever.
+    single: bool,
     clients: Mutex<Clients>,
 }
 
@@ -36,8 +38,8 @@ struct Clients {
 }
 
 impl Export {
-    pub(super) fn new(settings: Settings) -> Export {
-        Export { settings, clients: Mutex::default() }
+    pub(super) fn new(settings: Settings, single: bool) -> Export {
+        Export { settings, single, clients: Mutex::default() }
     }
 
     /// The name that clients ask for.
@@ -72,13 +74,14 @@ impl Export {
 
     /// Transmission flags. Several connections see each other's writes: they share the node and its host file.
     pub fn flags(&self, structured: bool) -> u16 {
-        let always = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::SEND_CACHE | flag::CAN_MULTI_CONN;
+        let always = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::SEND_CACHE;
+        let several = if self.single { 0 } else { flag::CAN_MULTI_CONN };
         let changing = if self.writable() {
             flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO
         } else {
             flag::READ_ONLY
         };
-        always | changing | if structured { flag::SEND_DF } else { 0 }
+        always | several | changing | if structured { flag::SEND_DF } else { 0 }
     }
 
     /// Number of clients in transmission.

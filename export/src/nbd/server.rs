@@ -61,6 +61,8 @@ struct State {
     exports: BTreeMap<String, Arc<Export>>,
     clients: BTreeMap<u64, Arc<Stream>>,
     next_client: u64,
+    /// A client has chosen an export.
+    served: bool,
     stopping: bool,
 }
 
@@ -91,7 +93,7 @@ impl Server {
         if state.exports.contains_key(&settings.name) {
             return None;
         }
-        let export = Arc::new(Export::new(settings));
+        let export = Arc::new(Export::new(settings, self.shared.limits.connections == 1));
         state.exports.insert(export.name().to_owned(), Arc::clone(&export));
         Some(export)
     }
@@ -102,6 +104,12 @@ impl Server {
         if let Some(export) = removed {
             export.close();
         }
+    }
+
+    /// Whether a client has been served and none is connected any more.
+    pub fn is_served_out(&self) -> bool {
+        let state = self.shared.lock();
+        state.served && state.clients.is_empty()
     }
 
     /// Number of every descriptor that the server holds, and what it is.
@@ -241,6 +249,7 @@ impl Shared {
         if !agreed.export.enter(client, &stream) {
             return;
         }
+        self.lock().served = true;
         let _inside = Inside { export: &agreed.export, client };
         if let Err(e) = transmission::serve(&stream, &agreed, &self.workers) {
             debug!(client, export = agreed.export.name(), "NBD client: {e}");

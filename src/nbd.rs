@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `doorless nbd`, and the same under the name `qemu-nbd`: a disk image over NBD, with that program's options.
+//!
+//! What is not built yet, and what needs the kernel's nbd device, is refused by name; nothing is accepted and then not done.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, bail, ensure};
+use clap::{CommandFactory, FromArgMatches, Parser};
+use manager::chain::Policy;
+use manager::inspector::Program;
+use manager::serve::{End, ExportOptions, Listen, Request, serve};
+use sys::background::Ready;
+
+/// Where NBD is served over TCP unless a port is given (IANA).
+const PORT: u16 = 10809;
+
+/// Serve a disk image over NBD with qemu-nbd's options: a manager opens the image, a confined process reads it.
+#[derive(Parser)]
+#[command(disable_version_flag = true, args_override_self = true)]
+struct Options {
+    /// The disk image.
+    image: Option<PathBuf>,
+    /// Print the version.
+    #[arg(short = 'V', long)]
+    version: bool,
+    /// TCP port to listen on (default 10809).
+    #[arg(short, long)]
+    port: Option<u16>,
+    /// Address to bind to (default 0.0.0.0).
+    #[arg(short, long, value_name = "IFACE")]
+    bind: Option<String>,
+    /// Unix socket to listen on.
+    #[arg(short = 'k', long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Most clients at once, 0 for any number; further ones wait.
+    #[arg(short = 'e', long, value_name = "NUM", default_value_t = 1)]
+    shared: u32,
+    /// Go on when the last client has left.
+    #[arg(short = 't', long)]
+    persistent: bool,
+    /// Accepted; what there is to say is said anyway.
+    #[arg(short, long)]
+    verbose: bool,
+    /// The export's name (default: the empty name).
+    #[arg(short = 'x', long, value_name = "NAME", default_value = "")]
+    export_name: String,
+    /// Text for clients that list exports.
+    #[arg(short = 'D', long, value_name = "TEXT")]
+    description: Option<String>,
+    /// Seconds that a client may negotiate, 0 for any time (default 10).
+    #[arg(long, value_name = "N")]
+    handshake_limit: Option<u32>,
+    /// Byte of the image at which the export begins; k, M, G, T for units of 1024.
+    #[arg(short, long, value_parser = size, default_value = "0")]
+    offset: u64,
+    /// The image's format; without it a confined process looks for a magic number.
+    #[arg(short, long)]
+    format: Option<String>,
+    /// Never write to the image.
+    #[arg(short, long)]
+    read_only: bool,
+    /// How the host caches: `writeback` is the only one so far.
+    #[arg(long, value_name = "MODE")]
+    cache: Option<String>,
+    /// How the host's files are read: `threads` is the only one so far.
+    #[arg(long, value_name = "MODE")]
+    aio: Option<String>,
+    /// Whether clients' discards reach the file: `ignore` (`off`, the default) or `unmap` (`on`).
+    #[arg(long, value_name = "MODE", value_parser = ["ignore", "off", "unmap", "on"], default_value = "ignore")]
+    discard: String,
+    /// Whether written zeroes are looked for: `off` is the only one so far.
+    #[arg(long, value_name = "MODE")]
+    detect_zeroes: Option<String>,
+    /// Return when clients can connect, and go on in the background.
+    #[arg(long)]
+    fork: bool,
+    /// Write the process id there once clients can connect.
+    #[arg(long, value_name = "PATH")]
+    pid_file: Option<PathBuf>,
+    /// Accepted, and of no effect.
+    #[arg(short = 'T', long, value_name = "SPEC", num_args = 0..=1)]
+    trace: Option<Option<String>>,
+
+    // Known, and refused.
+    #[arg(short, long, hide = true)]
+    snapshot: bool,
+    #[arg(short, long, hide = true)]
+    load_snapshot: Option<String>,
+    #[arg(short = 'A', long, hide = true)]
+    allocation_depth: bool,
+    #[arg(short = 'B', long, hide = true)]
+    bitmap: Option<String>,
+    #[arg(short, long, hide = true)]
+    nocache: bool,
+    #[arg(long, hide = true)]
+    image_opts: bool,
+    #[arg(short = 'L', long, hide = true)]
+    list: bool,
+    #[arg(long, hide = true)]
+    object: Option<String>,
+    #[arg(long, hide = true)]
+    tls_creds: Option<String>,
+    #[arg(long, hide = true)]
+    tls_authz: Option<String>,
+    #[arg(long, hide = true)]
+    tls_hostname: Option<String>,
+    #[arg(long, hide = true)]
+    selinux_label: Option<String>,
+    #[arg(short, long, hide = true)]
+    connect: Option<String>,
+    #[arg(short, long, hide = true)]
+    disconnect: bool,
+
+    /// The pipe of the process that waits; not for users.
+    #[arg(long, hide = true)]
+    ready_fd: Option<i32>,
+}
+
+/// Serves until a signal, or until the last client has left. `name` is what the program was called by.
+///
+/// # Errors
+/// A sentence for the user; the exit status is then 1, as qemu-nbd's.
+pub fn run(name: &'static str, arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
+    let words = [vec![OsString::from(name)], arguments.clone()].concat();
+    let parsed = Options::command().bin_name(name).try_get_matches_from(words);
+    let options = match parsed.and_then(|matches| Options::from_arg_matches(&matches)) {
+        Ok(options) => options,
+        Err(e) => {
+            let help = !e.use_stderr();
+            e.print()?;
+            return Ok(if help { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+    };
+    if options.version {
+        println!("{name} (doorless) {}", env!("CARGO_PKG_VERSION"));
+        return Ok(ExitCode::SUCCESS);
+    }
+    options.refuse_unbuilt()?;
+    if options.fork {
+        let mut command = Command::new(Program::THIS);
+        command.arg("nbd").args(arguments.into_iter().filter(|argument| argument != "--fork"));
+        sys::background::start(command, "--ready-fd").context("could not go into the background")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    options.serve()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Options {
+    fn serve(self) -> anyhow::Result<()> {
+        // Descriptors that were passed on purpose are taken before anything else is opened.
+        let activated = activation()?;
+        let ready = self.ready_fd.map(Ready::take).transpose().context("could not go into the background")?;
+        let waiting = manager::serve::Waiting::new().context("could not prepare for signals")?;
+        let listen = self.listen(activated)?;
+        let Some(image) = self.image else { bail!("cannot serve without an image; name one") };
+        let policy =
+            Policy { format: self.format, backing_format: None, read_only: self.read_only, allowed: Vec::new() };
+        let export = ExportOptions {
+            name: self.export_name,
+            description: self.description,
+            offset: self.offset,
+            discard: matches!(self.discard.as_str(), "unmap" | "on"),
+            max_connections: Some(self.shared),
+            handshake_seconds: self.handshake_limit,
+            until_unused: !self.persistent,
+            background: ready.is_some(),
+        };
+        let program = Program { executable: Program::THIS.into(), confinement: vec!["--confine=require".into()] };
+        let request = Request { image, policy, listen, monitor: None, export };
+        let served = serve(&program, request)?;
+        let pid_file = self.pid_file.map(PidFile::write).transpose()?;
+        if let Some(ready) = ready {
+            ready.tell().context("could not go into the background")?;
+        }
+        let well = match waiting.until_signal_or_end(&served.daemon)? {
+            End::Signal => served.stop().map(|()| true),
+            End::Daemon => served.wait(),
+        };
+        drop(pid_file);
+        ensure!(well?, "the confined daemon failed; its own message says why");
+        Ok(())
+    }
+
+    /// The socket that the options ask for.
+    fn listen(&self, activated: Option<std::os::fd::OwnedFd>) -> anyhow::Result<Listen> {
+        if let Some(listener) = activated {
+            ensure!(self.socket.is_none(), "Unix socket can't be set when using socket activation");
+            ensure!(self.bind.is_none(), "The interface can't be set when using socket activation");
+            ensure!(self.port.is_none(), "TCP port number can't be set when using socket activation");
+            return Ok(Listen::Passed(listener));
+        }
+        if let Some(path) = &self.socket {
+            ensure!(
+                self.bind.is_none() && self.port.is_none(),
+                "a unix socket has no address or port: use -k or -b and -p"
+            );
+            return Ok(Listen::Unix(std::path::absolute(path)?));
+        }
+        Ok(Listen::Tcp(self.bind.clone().unwrap_or_else(|| "0.0.0.0".into()), self.port.unwrap_or(PORT)))
+    }
+
+    /// An error for the first option that is known and does nothing here.
+    fn refuse_unbuilt(&self) -> anyhow::Result<()> {
+        let other = |given: &Option<String>, only: &str| given.as_ref().is_some_and(|given| given != only);
+        let kernel = "needs the kernel's nbd device, which no process of ours may open; use nbd-client on the socket";
+        let later = "is not supported by this version";
+        let refused = [
+            (self.snapshot, "--snapshot", later),
+            (self.load_snapshot.is_some(), "--load-snapshot", later),
+            (self.allocation_depth, "--allocation-depth", later),
+            (self.bitmap.is_some(), "--bitmap", later),
+            (self.nocache, "--nocache", later),
+            (other(&self.cache, "writeback"), "--cache other than 'writeback'", later),
+            (other(&self.aio, "threads"), "--aio other than 'threads'", later),
+            (other(&self.detect_zeroes, "off"), "--detect-zeroes other than 'off'", later),
+            (self.image_opts, "--image-opts", later),
+            (self.list, "--list", "is not supported by this version; nbdinfo --list tells what a server exports"),
+            (self.object.is_some(), "--object", later),
+            (self.tls_creds.is_some(), "--tls-creds", later),
+            (self.tls_authz.is_some(), "--tls-authz", later),
+            (self.tls_hostname.is_some(), "--tls-hostname", later),
+            (self.selinux_label.is_some(), "--selinux-label", later),
+            (self.connect.is_some(), "--connect", kernel),
+            (self.disconnect, "--disconnect", kernel),
+        ];
+        match refused.iter().find(|(given, ..)| *given) {
+            Some((_, option, why)) => bail!("{option} {why}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The listening socket that a service manager has passed (`sd_listen_fds(3)`), if there is one for this process.
+fn activation() -> anyhow::Result<Option<std::os::fd::OwnedFd>> {
+    let number = |name: &str| std::env::var(name).ok()?.parse::<u32>().ok();
+    if number("LISTEN_PID") != Some(std::process::id()) {
+        return Ok(None);
+    }
+    match number("LISTEN_FDS") {
+        None | Some(0) => Ok(None),
+        Some(1) => Ok(Some(sys::fd::inherited(3).context("the socket of the service manager is not there")?)),
+        Some(count) => bail!("socket activation with {count} file descriptors is not supported: pass one"),
+    }
+}
+
+/// A file with the process id, which goes when this value goes.
+struct PidFile(PathBuf);
+
+impl PidFile {
+    fn write(path: PathBuf) -> anyhow::Result<PidFile> {
+        let path = std::path::absolute(path)?;
+        let failed = || format!("could not write the PID file '{}'", path.display());
+        let mut file = File::create(&path).with_context(failed)?;
+        writeln!(file, "{}", std::process::id()).with_context(failed)?;
+        Ok(PidFile(path))
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// A number of bytes, with a unit if it has one.
+fn size(text: &str) -> Result<u64, String> {
+    let units = [("k", 10), ("K", 10), ("M", 20), ("G", 30), ("T", 40)];
+    let unit = units.iter().find_map(|&(unit, shift)| Some((text.strip_suffix(unit)?, shift)));
+    let (digits, shift) = unit.unwrap_or((text, 0));
+    let bytes = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    bytes.ok_or_else(|| "a number of bytes, with k, M, G or T behind it for units of 1024".into())
+}
