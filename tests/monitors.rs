@@ -390,6 +390,32 @@ fn daemonize_returns_when_everything_is_done_and_the_pid_file_names_the_process(
 }
 
 #[test]
+fn the_command_line_serves_over_tcp_and_a_unix_socket_before_it_is_confined() {
+    let scratch = Scratch::new();
+    std::fs::write(scratch.path("disk"), vec![0; 1 << 20]).unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let blockdev = format!("file,node-name=disk,filename={}", scratch.name("disk"));
+    for address in [
+        format!("addr.type=inet,addr.host=127.0.0.1,addr.port={port}"),
+        format!("addr.type=unix,addr.path={}", scratch.name("nbd")),
+    ] {
+        let export = "nbd,id=e,node-name=disk,name=disk";
+        let daemon = Started::with(&["--blockdev", &blockdev, "--nbd-server", &address, "--export", export]);
+        assert_eq!(daemon.client("a").ok("query-block-exports", json!({}))[0]["id"], "e");
+        let mut greeting = [0; 8];
+        if address.contains("inet") {
+            std::net::TcpStream::connect(("127.0.0.1", port)).unwrap().read_exact(&mut greeting).unwrap();
+        } else {
+            UnixStream::connect(scratch.path("nbd")).unwrap().read_exact(&mut greeting).unwrap();
+        }
+        assert_eq!(&greeting, b"NBDMAGIC");
+    }
+    let (status, _, errors) =
+        harness::doorless(&["daemon", "--nbd-server", "addr.type=inet,addr.host=127.0.0.1,addr.port=x"]);
+    assert!(!status.success() && errors.contains("'x' is not the number of a port"), "{errors}");
+}
+
+#[test]
 fn under_the_name_of_qemus_storage_daemon_every_descriptor_is_taken() {
     let scratch = Scratch::new();
     let link = scratch.path("qemu-storage-daemon");

@@ -35,7 +35,9 @@ Serves disk images that arrive as descriptors. The process confines itself befor
                          put an inherited descriptor into an fd set
   --blockdev OPTIONS     as blockdev-add; a file named here is opened before the process is confined
   --nbd-server addr.type=fd,addr.str=N[,max-connections=N][,handshake-max-seconds=N]
-                         serve NBD on an inherited listening socket
+  --nbd-server addr.type=unix,addr.path=PATH[,...]
+  --nbd-server addr.type=inet,addr.host=HOST,addr.port=PORT[,...]
+                         serve NBD on an inherited listening socket, or on one that is made before the process is confined
   --export [type=]nbd,id=ID,node-name=NODE[,name=NAME][,writable=on|off]
                          as block-export-add
   --confine require|best-effort
@@ -378,18 +380,26 @@ fn words() -> Table<()> {
             ],
             "An NBD server.",
         ),
-        Definition::enumeration("ListenAddressType", ["fd", "unix"], "Kinds of addresses."),
+        Definition::enumeration("ListenAddressType", ["fd", "unix", "inet"], "Kinds of addresses."),
         Definition::union(
             "ListenAddress",
             [Member::required("type", Type::Named("ListenAddressType"), "The kind.")],
             "type",
-            [("fd", Type::Named("ListenFd")), ("unix", Type::Named("ListenUnix"))],
+            [("fd", Type::Named("ListenFd")), ("unix", Type::Named("ListenUnix")), ("inet", Type::Named("ListenInet"))],
             "Where to listen.",
         ),
         Definition::structure(
             "ListenFd",
             [Member::required("str", Type::Str, "The inherited descriptor.")],
             "Inherited.",
+        ),
+        Definition::structure(
+            "ListenInet",
+            [
+                Member::required("host", Type::Str, "Host name or address."),
+                Member::required("port", Type::Str, "Port."),
+            ],
+            "A TCP address.",
         ),
         Definition::structure("ListenUnix", [Member::required("path", Type::Str, "Its path.")], "A unix socket."),
     ];

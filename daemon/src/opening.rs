@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io;
+use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
@@ -132,7 +133,13 @@ impl Openings {
         let socket = match (address["str"].as_str(), address["path"].as_str()) {
             (Some(fd), _) => inherited(fd)?,
             (None, Some(path)) => listen(path)?,
-            (None, None) => return Err("Parameter 'addr' is missing".into()),
+            (None, None) => {
+                let text = |key: &str| address[key].as_str().unwrap_or_default();
+                let (host, port) = (text("host"), text("port"));
+                let number: u16 = port.parse().map_err(|_| format!("'{port}' is not the number of a port"))?;
+                let listener = TcpListener::bind((host, number));
+                listener.map_err(|e| format!("Failed to listen on {host}:{port}: {e}"))?.into()
+            }
         };
         let name = "command-line-nbd-server";
         self.named.push((name.into(), socket));
