@@ -6,11 +6,14 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use sys::file::Wait;
 
+use crate::alarm::Alarm;
 use crate::claims::{Demand, Writes};
+use crate::gate::Hold;
 use crate::host::Descriptor;
-use crate::{BlockNode, Error, Result, file, qcow2, raw};
+use crate::{BlockNode, Error, Preallocation, Result, file, qcow2, raw};
 
 /// Every format, one line each: `blockdev-add`'s schema, its options and the reference docs follow from it.
 pub const DRIVERS: &[DriverEntry] = &[file::ENTRY, file::DEVICE_ENTRY, qcow2::ENTRY, raw::ENTRY];
@@ -103,6 +106,10 @@ pub struct OpenRequest {
     pub options: Options,
     /// Whether requests may change the image. Without it the driver writes nothing, not even a header.
     pub writable: bool,
+    /// The node's name, for messages.
+    pub node_name: String,
+    /// Where the driver says that it found its image damaged.
+    pub alarm: Alarm,
 }
 
 impl OpenRequest {
@@ -148,6 +155,15 @@ pub struct Mapping<'a> {
     pub target: Target<'a>,
     /// For how many bytes from the asked offset: at least 1, at most what was asked.
     pub len: u64,
+    /// Keep it until the I/O on `target` is done: as long, the place belongs to nobody else.
+    pub hold: Hold<'a>,
+}
+
+impl<'a> Mapping<'a> {
+    /// A mapping whose place never changes hands.
+    pub fn fixed(target: Target<'a>, len: u64) -> Mapping<'a> {
+        Mapping { target, len, hold: Hold::NONE }
+    }
 }
 
 /// Where bytes live.
@@ -181,13 +197,51 @@ pub enum Target<'a> {
     Computed,
 }
 
-/// Room for new bytes. Bytes written to `target` become the image's content at once (an overwrite in place).
-#[derive(Debug)]
+/// Room for new bytes. They are the image's content once [`Prepared::commit`] has returned; a value that is dropped before
+/// gives new room back, and the content is what it was (unless the bytes went over old ones in place).
 pub struct Prepared<'a> {
-    /// Where to write: only `Fd` or `Data`.
+    /// Where to write: `Fd` or `Data`, or `Computed` for [`Driver::write_computed`].
     pub target: Target<'a>,
     /// For how many bytes: at least 1, at most what was asked.
     pub len: u64,
+    /// As in [`Mapping`].
+    pub hold: Hold<'a>,
+    /// What makes new room part of the image; `None` for an overwrite in place.
+    pub pending: Option<Box<dyn Pending + 'a>>,
+}
+
+/// New room that is not part of the image yet. Dropping it gives the room back.
+pub trait Pending {
+    /// Makes the bytes in the room the image's content. They have been written before.
+    ///
+    /// # Errors
+    /// `EIO` and friends for metadata: then the content is what it was.
+    fn commit(self: Box<Self>) -> io::Result<()>;
+}
+
+impl<'a> Prepared<'a> {
+    /// An overwrite in place of what never changes hands.
+    pub fn in_place(target: Target<'a>, len: u64) -> Prepared<'a> {
+        Prepared { target, len, hold: Hold::NONE, pending: None }
+    }
+
+    /// Makes the bytes that were written to `target` the image's content.
+    ///
+    /// # Errors
+    /// Those of [`Pending::commit`].
+    pub fn commit(self) -> io::Result<()> {
+        self.pending.map_or(Ok(()), Pending::commit)
+    }
+}
+
+impl std::fmt::Debug for Prepared<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prepared")
+            .field("target", &self.target)
+            .field("len", &self.len)
+            .field("new", &self.pending.is_some())
+            .finish()
+    }
 }
 
 /// How zeroes may be written (QEMU's `BDRV_REQ_MAY_UNMAP` and `BDRV_REQ_NO_FALLBACK`; NBD proto.md, "`NBD_CMD_WRITE_ZEROES`").
@@ -256,13 +310,35 @@ pub trait Driver: Send + Sync {
     /// `ENOSPC`, `EROFS`, or `EIO` for broken metadata.
     fn prepare_write(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>>;
 
-    /// Makes a range read as zeroes.
+    /// Stores `buf` at `offset`; the range was prepared as [`Target::Computed`], and is committed afterwards.
+    ///
+    /// # Errors
+    /// The errno of the layer below.
+    fn write_computed(&self, _buf: &[u8], _offset: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Stores one whole cluster (or what is left of the last one) compressed, at an offset where a cluster begins.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for formats that have no such thing; else as a write.
+    fn write_compressed(&self, _buf: &[u8], _offset: u64) -> io::Result<()> {
+        Err(Errno::OPNOTSUPP.into())
+    }
+
+    /// Bytes of the smallest unit that [`Driver::write_zeroes`] and [`Driver::discard`] can change: a power of two.
+    /// [`BlockNode`] asks them for whole units only, except at the end of the image.
+    fn zero_unit(&self) -> u64 {
+        1
+    }
+
+    /// Makes a range of whole [units](Driver::zero_unit) read as zeroes.
     ///
     /// # Errors
     /// `EOPNOTSUPP` if that would mean writing data: [`BlockNode`] then writes zeroes itself, unless `flags.fast_only`.
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()>;
 
-    /// A hint that a range's content is of no further use. Success promises nothing.
+    /// A hint that a range of whole [units](Driver::zero_unit) is of no further use. Success promises nothing.
     ///
     /// # Errors
     /// Those of the host file; a layer that cannot discard answers success.
@@ -273,6 +349,28 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// `EIO` and friends: then nothing is known about unflushed data.
     fn flush(&self) -> io::Result<()>;
+
+    /// Whether a write that passes the end makes the image longer, as it does for a regular file.
+    fn grows(&self) -> bool {
+        false
+    }
+
+    /// Makes the image `len` bytes long. What is beyond goes, what is new reads as zeroes.
+    ///
+    /// # Errors
+    /// `Unsupported` for formats and images that have one size for ever; `Invalid` for a size that cannot be; `Io`.
+    fn resize(&self, _len: u64, _preallocation: Preallocation) -> Result<()> {
+        Err(Error::unsupported("Image format driver does not support resize"))
+    }
+
+    /// Brings the image in order for its end or for reading only: nothing that is in memory alone is lost, and marks of being in
+    /// use are taken away. No request is under way that writes.
+    ///
+    /// # Errors
+    /// As [`Driver::flush`].
+    fn close(&self) -> io::Result<()> {
+        self.flush()
+    }
 
     /// Whether the image may be written from now on. Called before the nodes below become writable, after they became
     /// read-only, and with no request under way that writes.

@@ -2,10 +2,12 @@
 //! The drivers `file` and `host_device`: a regular file or memfd, or a block device, behind a passed descriptor.
 //!
 //! The descriptor shares its offset and status flags with whoever passed it, so all I/O is positioned and no flag is ever
-//! set. The size is taken once, at open.
+//! set. The size is taken at open; whoever keeps an image in the file may make it longer.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{FallocateFlags, FileType, SeekFrom};
@@ -43,7 +45,8 @@ struct File {
     /// The descriptor whose open file is behind the number now, if it is not the first.
     latest: Mutex<Option<Descriptor>>,
     locks: ImageLocks,
-    len: u64,
+    len: AtomicU64,
+    regular: bool,
 }
 
 /// The name of the driver for what `fd` is: `host_device` for a block device, else `file`.
@@ -77,38 +80,47 @@ fn open(request: OpenRequest, wanted: FileType) -> Result<Box<dyn Driver>> {
         .checked_next_multiple_of(SECTOR)
         .filter(|&bytes| i64::try_from(bytes).is_ok())
         .ok_or_else(|| Error::unsupported(format!("'{filename}' is larger than 2^63-512 bytes")))?;
-    Ok(Box::new(File { fd, latest: Mutex::default(), locks: ImageLocks::default(), len }))
+    Ok(Box::new(File {
+        fd,
+        latest: Mutex::default(),
+        locks: ImageLocks::default(),
+        len: AtomicU64::new(len),
+        regular: wanted == FileType::RegularFile,
+    }))
 }
 
 impl Driver for File {
     fn len(&self) -> u64 {
-        self.len
+        self.len.load(Ordering::Relaxed)
     }
 
     fn map(&self, offset: u64, len: u64, ask: Ask) -> io::Result<Mapping<'_>> {
         let fd = self.fd.as_fd();
-        let data = Mapping { target: Target::Fd { fd, offset }, len };
+        let data = |len| Mapping::fixed(Target::Fd { fd, offset }, len);
+        let zero = |len| Mapping::fixed(Target::Zero, len);
         if ask.detail == Detail::Place {
-            return Ok(data);
+            return Ok(data(len));
         }
         // A file system that cannot tell holes answers EINVAL or EOPNOTSUPP: then all of it is data.
         match rustix::fs::seek(fd, SeekFrom::Data(offset)) {
-            Ok(start) if start > offset => Ok(Mapping { target: Target::Zero, len: len.min(start - offset) }),
+            Ok(start) if start > offset => Ok(zero(len.min(start - offset))),
             Ok(_) => match rustix::fs::seek(fd, SeekFrom::Hole(offset)) {
                 Ok(end) if end > offset => {
                     // The implicit hole at the end of the file: the sector that it cuts is data to its last byte.
                     let end = end.next_multiple_of(SECTOR);
-                    Ok(Mapping { len: len.min(end - offset), ..data })
+                    Ok(data(len.min(end - offset)))
                 }
-                _ => Ok(data),
+                _ => Ok(data(len)),
             },
-            Err(Errno::NXIO) => Ok(Mapping { target: Target::Zero, len }),
-            Err(_) => Ok(data),
+            Err(Errno::NXIO) => Ok(zero(len)),
+            Err(_) => Ok(data(len)),
         }
     }
 
     fn prepare_write(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
-        Ok(Prepared { target: Target::Fd { fd: self.fd.as_fd(), offset }, len })
+        // A write that then fails has promised too much: what is not there reads as zeroes all the same.
+        self.len.fetch_max((offset + len).next_multiple_of(SECTOR), Ordering::Relaxed);
+        Ok(Prepared::in_place(Target::Fd { fd: self.fd.as_fd(), offset }, len))
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
@@ -139,6 +151,28 @@ impl Driver for File {
 
     fn flush(&self) -> io::Result<()> {
         Ok(rustix::fs::fdatasync(self.fd.as_fd())?)
+    }
+
+    fn grows(&self) -> bool {
+        self.regular
+    }
+
+    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        let now = self.len();
+        if !self.regular {
+            return if len <= now {
+                Ok(())
+            } else {
+                Err(Error::invalid(format!("Cannot grow device files: it has {now} bytes, {len} were asked for")))
+            };
+        }
+        let fd = self.fd.as_fd();
+        rustix::fs::ftruncate(fd, len).map_err(|e| Error::io("set the size of the file", e.into()))?;
+        if len > now {
+            set_aside(fd, now..len, preallocation)?;
+        }
+        self.len.store(len.next_multiple_of(SECTOR), Ordering::Relaxed);
+        Ok(())
     }
 
     fn replace(&self, descriptor: Descriptor) -> Result<Descriptor> {
@@ -190,21 +224,28 @@ pub fn create(fd: impl AsFd, size: u64, preallocation: Preallocation) -> Result<
     let made = rustix::fs::ftruncate(fd, 0)
         .and_then(|()| rustix::fs::ftruncate(fd, size))
         .map_err(failed("set the size of the file"))
-        .and_then(|()| match preallocation {
-            Preallocation::Allocate if size > 0 => rustix::fs::fallocate(fd, FallocateFlags::empty(), 0, size)
-                .map_err(failed("set room for the file aside")),
-            Preallocation::Full => fill(fd, size).map_err(|e| Error::io("write zeroes", e)),
-            Preallocation::Off | Preallocation::Allocate => Ok(()),
-        });
+        .and_then(|()| set_aside(fd, 0..size, preallocation));
     locks.change(fd, Demand::default())?;
     made
 }
 
-fn fill(fd: BorrowedFd<'_>, size: u64) -> io::Result<()> {
+/// Sets room aside for a range at the end of a file, which is a hole.
+fn set_aside(fd: BorrowedFd<'_>, range: Range<u64>, preallocation: Preallocation) -> Result<()> {
+    match preallocation {
+        Preallocation::Allocate if !range.is_empty() => {
+            rustix::fs::fallocate(fd, FallocateFlags::empty(), range.start, range.end - range.start)
+                .map_err(|e| Error::io("set room for the file aside", e.into()))
+        }
+        Preallocation::Full => fill(fd, range).map_err(|e| Error::io("write zeroes", e)),
+        Preallocation::Off | Preallocation::Allocate => Ok(()),
+    }
+}
+
+fn fill(fd: BorrowedFd<'_>, range: Range<u64>) -> io::Result<()> {
     let zeroes = vec![0; 1 << 20];
-    let mut offset = 0;
-    while offset < size {
-        let len = usize::try_from(size - offset).map_or(zeroes.len(), |left| left.min(zeroes.len()));
+    let mut offset = range.start;
+    while offset < range.end {
+        let len = usize::try_from(range.end - offset).map_or(zeroes.len(), |left| left.min(zeroes.len()));
         offset += rustix::io::pwrite(fd, &zeroes[..len], offset)? as u64;
     }
     Ok(rustix::fs::fdatasync(fd)?)

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use crate::alarm::Alarm;
 use crate::claims::{Claim, Use, User, Writes};
 use crate::driver::{Children, OpenRequest, Options, driver_named};
 use crate::host::Host;
@@ -69,12 +70,18 @@ pub struct Graph {
     pub(crate) next_claim: u64,
     next_age: u64,
     next_name: u32,
+    alarm: Alarm,
 }
 
 impl Graph {
     /// An empty graph.
     pub fn new() -> Graph {
         Graph::default()
+    }
+
+    /// An empty graph whose drivers tell `alarm` about damaged images.
+    pub fn with_alarm(alarm: Alarm) -> Graph {
+        Graph { alarm, ..Graph::default() }
     }
 
     /// Opens a node and attaches it to its children. On an error nothing has changed.
@@ -118,6 +125,8 @@ impl Graph {
             detached: spec.detached,
             options: options.clone(),
             writable: spec.access.writable,
+            node_name: name.clone(),
+            alarm: self.alarm.clone(),
         };
         let descriptor = spec.host.as_mut().map(|host| host.first(spec.access.writable, &name)).transpose();
         match descriptor.and_then(|descriptor| (driver.open)(request(descriptor))) {
@@ -225,6 +234,11 @@ impl Graph {
 
     fn forget(&mut self, name: &str) {
         if let Some(entry) = self.nodes.remove(name) {
+            if entry.node.writable()
+                && let Err(e) = entry.node.driver().close()
+            {
+                tracing::error!(node = name, "while it was closed: {e}");
+            }
             self.release_links(entry.links);
         }
     }

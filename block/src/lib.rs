@@ -8,10 +8,12 @@
 //!
 //! Nothing here opens a file: the `file` driver takes a descriptor, every other driver takes nodes.
 
+mod alarm;
 mod claims;
 mod driver;
 mod error;
 mod file;
+mod gate;
 mod graph;
 mod host;
 mod image_locks;
@@ -20,13 +22,15 @@ mod node;
 mod qcow2;
 mod raw;
 
+pub use alarm::{Alarm, Corruption};
 pub use claims::{Claim, Demand, Use, User, Writes};
 pub use driver::{
     Ask, ChildSpec, Children, DRIVERS, Detail, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, OptionKind,
-    OptionSpec, OptionValue, Options, Prepared, Target, ZeroFlags, driver_named,
+    OptionSpec, OptionValue, Options, Pending, Prepared, Target, ZeroFlags, driver_named,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use file::{Preallocation, create as create_file, host_driver};
+pub use gate::{Closed, Gate, Hold};
 pub use graph::{Edge, Graph, NodeSpec, id_is_well_formed};
 pub use host::{Descriptor, Host, Opener};
 pub use inspect::{Inspection, inspect};

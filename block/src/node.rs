@@ -2,12 +2,14 @@
 //! An open image with a name: the one place where mapped bytes are read and written.
 
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 use sys::file::{self, Wait};
 
 use crate::driver::{Ask, Detail, Driver, Info, Mapping, Target, ZeroFlags};
+use crate::{Error, Preallocation, Result};
 
 /// Zeroes are written as data in pieces of this many bytes.
 const ZERO_PIECE: usize = 64 << 10;
@@ -115,6 +117,11 @@ impl BlockNode {
         self.driver.len()
     }
 
+    /// Whether [`BlockNode::write_growing`] can make it longer.
+    pub fn grows(&self) -> bool {
+        self.driver.grows()
+    }
+
     /// Facts about the image.
     pub fn info(&self) -> Info {
         self.driver.info()
@@ -134,7 +141,7 @@ impl BlockNode {
         self.check_range(offset, buf.len() as u64)?;
         let ask = Ask { detail: Detail::Place, wait };
         while !buf.is_empty() {
-            let Mapping { target, len } = self.driver.map(offset, buf.len() as u64, ask)?;
+            let Mapping { target, len, hold: _hold } = self.driver.map(offset, buf.len() as u64, ask)?;
             let (piece, rest) = buf.split_at_mut(bounded(len, buf.len())?);
             match target {
                 Target::Fd { fd, offset: at } => {
@@ -169,22 +176,57 @@ impl BlockNode {
     ///
     /// # Errors
     /// `EPERM` on a read-only node, `ENOSPC` past the end, else the errno of the layer that failed.
-    pub fn write(&self, mut buf: &[u8], mut offset: u64, durable: bool) -> io::Result<()> {
+    pub fn write(&self, buf: &[u8], offset: u64, durable: bool) -> io::Result<()> {
         self.check_write(offset, buf.len() as u64)?;
+        self.write_checked(buf, offset, durable)
+    }
+
+    /// Like [`BlockNode::write`], for the format that keeps its image in this node: what passes the end makes the node longer,
+    /// where it can be longer.
+    ///
+    /// # Errors
+    /// As [`BlockNode::write`]; `ENOSPC` past the end only if the node cannot grow.
+    pub fn write_growing(&self, buf: &[u8], offset: u64, durable: bool) -> io::Result<()> {
+        let end = offset.checked_add(buf.len() as u64).filter(|&end| i64::try_from(end).is_ok());
+        if self.writable() && self.driver.grows() && end.is_some() {
+            return self.write_checked(buf, offset, durable);
+        }
+        self.write(buf, offset, durable)
+    }
+
+    fn write_checked(&self, mut buf: &[u8], mut offset: u64, durable: bool) -> io::Result<()> {
+        let mut flush = false;
         while !buf.is_empty() {
             let prepared = self.driver.prepare_write(offset, buf.len() as u64)?;
             let (piece, rest) = buf.split_at(bounded(prepared.len, buf.len())?);
+            // What becomes content only by a commit is durable only by a flush after it.
+            let in_place = prepared.pending.is_none();
             match prepared.target {
-                Target::Fd { fd, offset: at } => file::write_at(fd, piece, at, durable)?,
+                Target::Fd { fd, offset: at } => file::write_at(fd, piece, at, durable && in_place)?,
                 Target::Data { node, offset: at } | Target::Child { node, offset: at } => {
-                    node.write(piece, at, durable)?;
+                    node.write_growing(piece, at, durable && in_place)?;
                 }
-                Target::Zero | Target::Computed => return Err(Errno::IO.into()),
+                Target::Computed => {
+                    self.driver.write_computed(piece, offset)?;
+                    flush |= durable;
+                }
+                Target::Zero => return Err(Errno::IO.into()),
             }
+            prepared.commit()?;
+            flush |= durable && !in_place;
             offset += piece.len() as u64;
             buf = rest;
         }
-        Ok(())
+        if flush { self.flush() } else { Ok(()) }
+    }
+
+    /// Stores one cluster compressed; see [`Driver::write_compressed`].
+    ///
+    /// # Errors
+    /// As [`BlockNode::write`]; `EOPNOTSUPP` for formats without compression.
+    pub fn write_compressed(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.check_write(offset, buf.len() as u64)?;
+        self.driver.write_compressed(buf, offset)
     }
 
     /// Makes a range read as zeroes; with `durable` that is on stable storage on return.
@@ -193,24 +235,51 @@ impl BlockNode {
     /// As [`BlockNode::write`]; `EOPNOTSUPP` only with `flags.fast_only`.
     pub fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags, durable: bool) -> io::Result<()> {
         self.check_write(offset, len)?;
-        if len == 0 {
+        let flags = ZeroFlags { may_unmap: flags.may_unmap && self.unmap.load(Ordering::Relaxed), ..flags };
+        let Units { head, whole, tail } = self.units(offset, len);
+        for part in [head, tail] {
+            self.write_zero_data(part, flags)?;
+        }
+        if !whole.is_empty() {
+            match self.driver.write_zeroes(whole.start, whole.end - whole.start, flags) {
+                Err(e) if is_unsupported(&e) && !flags.fast_only => self.write_zero_data(whole, flags)?,
+                other => other?,
+            }
+        }
+        if durable { self.flush() } else { Ok(()) }
+    }
+
+    /// Writes zeroes as data, where there are none yet.
+    fn write_zero_data(&self, range: Range<u64>, flags: ZeroFlags) -> io::Result<()> {
+        if range.is_empty() {
             return Ok(());
         }
-        let flags = ZeroFlags { may_unmap: flags.may_unmap && self.unmap.load(Ordering::Relaxed), ..flags };
-        match self.driver.write_zeroes(offset, len, flags) {
-            Ok(()) if durable => self.flush(),
-            Err(e) if e.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) && !flags.fast_only => {
-                let zeroes = [0; ZERO_PIECE];
-                let mut done = 0;
-                while done < len {
-                    let piece = usize::try_from(len - done).unwrap_or(ZERO_PIECE).min(ZERO_PIECE);
-                    self.write(&zeroes[..piece], offset + done, false)?;
-                    done += piece as u64;
-                }
-                if durable { self.flush() } else { Ok(()) }
-            }
-            other => other,
+        if self.reads_as_zeroes(range.clone())? {
+            return Ok(());
         }
+        if flags.fast_only {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        let zeroes = [0; ZERO_PIECE];
+        let mut at = range.start;
+        while at < range.end {
+            let piece = usize::try_from(range.end - at).unwrap_or(ZERO_PIECE).min(ZERO_PIECE);
+            self.write_checked(&zeroes[..piece], at, false)?;
+            at += piece as u64;
+        }
+        Ok(())
+    }
+
+    /// Whether block status alone tells that there are only zeroes.
+    fn reads_as_zeroes(&self, range: Range<u64>) -> io::Result<bool> {
+        let mut at = range.start;
+        while at < range.end {
+            match self.status(at, range.end - at)? {
+                Extent { kind: ExtentKind::Zero, len, .. } => at += len,
+                Extent { kind: ExtentKind::Data, .. } => return Ok(false),
+            }
+        }
+        Ok(true)
     }
 
     /// Says that a range's content is of no further use. A hint: success promises nothing about later reads.
@@ -219,7 +288,34 @@ impl BlockNode {
     /// As [`BlockNode::write`].
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check_write(offset, len)?;
-        if len == 0 || !self.unmap.load(Ordering::Relaxed) { Ok(()) } else { self.driver.discard(offset, len) }
+        let Units { whole, .. } = self.units(offset, len);
+        if whole.is_empty() || !self.unmap.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.driver.discard(whole.start, whole.end - whole.start)
+    }
+
+    /// Makes the node `len` bytes long, as [`Driver::resize`] says.
+    ///
+    /// # Errors
+    /// `Invalid` on a read-only node or for a size over 2^63-1; else the driver's.
+    pub fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        if !self.writable() {
+            return Err(Error::invalid(format!("Block node is read-only: '{}'", self.name)));
+        }
+        if i64::try_from(len).is_err() {
+            return Err(Error::invalid(format!("The size must be less than 2^63 bytes, not {len}")));
+        }
+        self.driver.resize(len, preallocation)
+    }
+
+    /// Splits a range at the driver's units. The last unit of the image counts as whole where the image ends in it.
+    fn units(&self, offset: u64, len: u64) -> Units {
+        let end = offset + len;
+        let unit = self.driver.zero_unit().max(1);
+        let start = offset.checked_next_multiple_of(unit).unwrap_or(end).min(end);
+        let last = if end == self.len() { end } else { (end / unit * unit).max(start) };
+        Units { head: offset..start, whole: start..last, tail: last..end }
     }
 
     /// Returns when every write acknowledged before this call is on stable storage.
@@ -240,7 +336,7 @@ impl BlockNode {
             return Err(Errno::INVAL.into());
         }
         let ask = Ask { detail: Detail::Allocation, wait: Wait::Allowed };
-        let Mapping { target, len } = self.driver.map(offset, len, ask)?;
+        let Mapping { target, len, hold: _hold } = self.driver.map(offset, len, ask)?;
         let extent = |kind| Ok(Extent { len, kind, depth: 0 });
         match target {
             Target::Fd { .. } | Target::Data { .. } | Target::Computed => extent(ExtentKind::Data),
@@ -268,6 +364,17 @@ impl BlockNode {
         }
         self.check_range(offset, len).map_err(|_| Errno::NOSPC.into())
     }
+}
+
+/// A range cut at the units of a driver: what lies before the first whole one, the whole ones, and what is left.
+struct Units {
+    head: Range<u64>,
+    whole: Range<u64>,
+    tail: Range<u64>,
+}
+
+fn is_unsupported(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error())
 }
 
 /// A driver's length as a piece of the request; a driver that breaks its contract is an I/O error, never a panic.

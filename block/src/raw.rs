@@ -9,7 +9,7 @@ use crate::driver::{
     Ask, ChildSpec, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared, Target,
     ZeroFlags,
 };
-use crate::{BlockNode, Error, Result};
+use crate::{BlockNode, Error, Preallocation, Result};
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {
     name: "raw",
@@ -28,7 +28,8 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
 struct Raw {
     file: Arc<BlockNode>,
     offset: u64,
-    len: u64,
+    /// `None`: to the end of the node below, wherever that is.
+    size: Option<u64>,
 }
 
 fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
@@ -40,8 +41,8 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
             "Offset ({offset}) cannot be greater than size of the containing file ({there})"
         )));
     };
-    let len = match request.size("size") {
-        None => after,
+    let size = request.size("size");
+    match size {
         Some(size) if size % 512 != 0 => {
             return Err(Error::invalid(format!("Specified size is not multiple of 512: {size} bytes")));
         }
@@ -51,22 +52,22 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
                  containing file ({there})"
             )));
         }
-        Some(size) => size,
-    };
-    Ok(Box::new(Raw { file, offset, len }))
+        _ => {}
+    }
+    Ok(Box::new(Raw { file, offset, size }))
 }
 
 impl Driver for Raw {
     fn len(&self) -> u64 {
-        self.len
+        self.size.unwrap_or_else(|| self.file.len().saturating_sub(self.offset))
     }
 
     fn map(&self, offset: u64, len: u64, _: Ask) -> io::Result<Mapping<'_>> {
-        Ok(Mapping { target: Target::Child { node: &self.file, offset: self.offset + offset }, len })
+        Ok(Mapping::fixed(Target::Child { node: &self.file, offset: self.offset + offset }, len))
     }
 
     fn prepare_write(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
-        Ok(Prepared { target: Target::Data { node: &self.file, offset: self.offset + offset }, len })
+        Ok(Prepared::in_place(Target::Data { node: &self.file, offset: self.offset + offset }, len))
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
@@ -79,6 +80,19 @@ impl Driver for Raw {
 
     fn flush(&self) -> io::Result<()> {
         self.file.flush()
+    }
+
+    fn grows(&self) -> bool {
+        self.size.is_none() && self.file.grows()
+    }
+
+    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        if self.size.is_some() {
+            return Err(Error::unsupported("Cannot resize fixed-size raw disks"));
+        }
+        let end =
+            len.checked_add(self.offset).ok_or_else(|| Error::invalid("Disk size too large for the chosen offset"))?;
+        self.file.resize(end, preallocation)
     }
 
     fn block_size(&self) -> u32 {

@@ -219,7 +219,7 @@ impl Driver for Slow {
             let (ready, wake) = &*self.0;
             drop(wake.wait_while(ready.lock().unwrap(), |ready| !*ready).unwrap());
         }
-        Ok(Mapping { target: Target::Zero, len })
+        Ok(Mapping::fixed(Target::Zero, len))
     }
 
     fn prepare_write(&self, _: u64, _: u64) -> io::Result<Prepared<'_>> {

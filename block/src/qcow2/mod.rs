@@ -233,7 +233,7 @@ impl Driver for Qcow2 {
             Kind::Compressed => Target::Computed,
             Kind::Invalid => return Err(Errno::IO.into()),
         };
-        Ok(Mapping { target, len })
+        Ok(Mapping::fixed(target, len))
     }
 
     fn read_computed(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
