@@ -21,6 +21,7 @@ mod inspect;
 mod node;
 mod qcow2;
 mod raw;
+pub mod stats;
 
 pub use alarm::{Alarm, Corruption};
 pub use claims::{Claim, Demand, Use, User, Writes};

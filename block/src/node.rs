@@ -3,12 +3,13 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::io::Errno;
 use sys::file::{self, Wait};
 
 use crate::driver::{Ask, Detail, Driver, Info, Mapping, Target, ZeroFlags};
+use crate::stats::Stats;
 use crate::{Error, Preallocation, Result};
 
 /// Zeroes are written as data in pieces of this many bytes.
@@ -21,6 +22,9 @@ pub struct BlockNode {
     filename: String,
     writable: AtomicBool,
     unmap: AtomicBool,
+    stats: Stats,
+    /// The end of the write that went furthest.
+    furthest: AtomicU64,
     driver: Box<dyn Driver>,
 }
 
@@ -74,6 +78,8 @@ impl BlockNode {
             filename: filename.into(),
             writable: AtomicBool::new(access.writable),
             unmap: AtomicBool::new(access.unmap),
+            stats: Stats::default(),
+            furthest: AtomicU64::new(0),
             driver,
         }
     }
@@ -109,6 +115,16 @@ impl BlockNode {
 
     pub(crate) fn driver(&self) -> &dyn Driver {
         &*self.driver
+    }
+
+    /// What its exports' clients asked of it. What nodes ask of the nodes below them is not counted.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// The end of the write that went furthest, in bytes; writes of nodes above count.
+    pub fn furthest_write(&self) -> u64 {
+        self.furthest.load(Ordering::Relaxed)
     }
 
     /// Size in bytes.
@@ -196,6 +212,7 @@ impl BlockNode {
 
     fn write_checked(&self, mut buf: &[u8], mut offset: u64, durable: bool) -> io::Result<()> {
         let mut flush = false;
+        self.reaches(offset + buf.len() as u64);
         while !buf.is_empty() {
             let prepared = self.driver.prepare_write(offset, buf.len() as u64)?;
             let (piece, rest) = buf.split_at(bounded(prepared.len, buf.len())?);
@@ -220,6 +237,13 @@ impl BlockNode {
         if flush { self.flush() } else { Ok(()) }
     }
 
+    /// Notes how far a write reaches.
+    fn reaches(&self, end: u64) {
+        if end > self.furthest.load(Ordering::Relaxed) {
+            self.furthest.fetch_max(end, Ordering::Relaxed);
+        }
+    }
+
     /// Stores one cluster compressed; see [`Driver::write_compressed`].
     ///
     /// # Errors
@@ -236,6 +260,7 @@ impl BlockNode {
     pub fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags, durable: bool) -> io::Result<()> {
         self.check_write(offset, len)?;
         let flags = ZeroFlags { may_unmap: flags.may_unmap && self.unmap.load(Ordering::Relaxed), ..flags };
+        self.reaches(offset + len);
         let Units { head, whole, tail } = self.units(offset, len);
         for part in [head, tail] {
             self.write_zero_data(part, flags)?;

@@ -5,7 +5,9 @@
 //! arrive as descriptors, so nothing here opens, binds or connects. [`nbd`] is the protocol that exists, [`Workers`] are the
 //! threads that sleep in its stead.
 
+mod meter;
 pub mod nbd;
 mod workers;
 
+pub use meter::{ClientShown, Meter};
 pub use workers::Workers;

@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::BlockNode;
+use block::stats::Stats;
 
 use super::proto::flag;
 use super::stream::Stream;
+use crate::meter::{ClientShown, Meter};
 
 /// What an export is made of.
 #[derive(Debug)]
@@ -28,18 +30,19 @@ pub struct Export {
     settings: Settings,
     /// The server takes one client at a time: a second connection of the same client would wait for ever.
     single: bool,
+    stats: Arc<Stats>,
     clients: Mutex<Clients>,
 }
 
 #[derive(Debug, Default)]
 struct Clients {
     closing: bool,
-    streams: BTreeMap<u64, Arc<Stream>>,
+    present: BTreeMap<u64, (Arc<Stream>, Meter)>,
 }
 
 impl Export {
     pub(super) fn new(settings: Settings, single: bool) -> Export {
-        Export { settings, single, clients: Mutex::default() }
+        Export { settings, single, stats: Arc::default(), clients: Mutex::default() }
     }
 
     /// The name that clients ask for.
@@ -86,29 +89,47 @@ impl Export {
 
     /// Number of clients in transmission.
     pub fn clients(&self) -> usize {
-        self.lock().streams.len()
+        self.lock().present.len()
     }
 
     /// No new clients from now on; those there are hung up on. They are gone when [`Export::clients`] is 0.
     pub(super) fn close(&self) {
         let mut clients = self.lock();
         clients.closing = true;
-        for stream in clients.streams.values() {
+        for (stream, _) in clients.present.values() {
             stream.hang_up();
         }
     }
 
-    /// Lets a client in, unless the export is closing.
-    pub(super) fn enter(&self, client: u64, stream: &Arc<Stream>) -> bool {
+    /// What all of its clients asked.
+    pub fn stats(&self) -> &Arc<Stats> {
+        &self.stats
+    }
+
+    /// The clients in transmission.
+    pub fn present(&self) -> Vec<ClientShown> {
+        let clients = self.lock();
+        let shown = |(&id, (stream, meter)): (&u64, &(Arc<Stream>, Meter))| ClientShown {
+            id,
+            peer: stream.peer(),
+            stats: Arc::clone(meter.client()),
+        };
+        clients.present.iter().map(shown).collect()
+    }
+
+    /// Lets a client in, unless the export is closing; where its requests are counted.
+    pub(super) fn enter(&self, client: u64, stream: &Arc<Stream>) -> Option<Meter> {
         let mut clients = self.lock();
-        if !clients.closing {
-            clients.streams.insert(client, Arc::clone(stream));
+        if clients.closing {
+            return None;
         }
-        !clients.closing
+        let meter = Meter::new(Arc::clone(&self.stats), Arc::clone(self.node()));
+        clients.present.insert(client, (Arc::clone(stream), meter.clone()));
+        Some(meter)
     }
 
     pub(super) fn leave(&self, client: u64) {
-        self.lock().streams.remove(&client);
+        self.lock().present.remove(&client);
     }
 
     fn lock(&self) -> MutexGuard<'_, Clients> {

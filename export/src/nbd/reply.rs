@@ -72,21 +72,21 @@ impl Style {
     }
 }
 
-/// A read reply of any size: the data is read by this call, which may sleep.
-pub fn read(style: Style, node: &BlockNode, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+/// A read reply of any size, and whether it is an error: the data is read by this call, which may sleep.
+pub fn read(style: Style, node: &BlockNode, cookie: u64, offset: u64, len: u32) -> (Vec<u8>, bool) {
     let header = style.read_header_len();
     let mut bytes = vec![0; header + len as usize];
     match node.read(&mut bytes[header..], offset, block::Wait::Allowed) {
         Ok(()) => {
             style.put_read_header(&mut bytes[..header], cookie, offset, len);
-            bytes
+            (bytes, false)
         }
-        Err(e) => style.error(cookie, proto::errno(&e)),
+        Err(e) => (style.error(cookie, proto::errno(&e)), true),
     }
 }
 
-/// A block status reply (proto.md, "`NBD_REPLY_TYPE_BLOCK_STATUS`"), one extent only if `one`.
-pub fn block_status(node: &BlockNode, context: u32, cookie: u64, offset: u64, len: u32, one: bool) -> Vec<u8> {
+/// A block status reply (proto.md, "`NBD_REPLY_TYPE_BLOCK_STATUS`"), one extent only if `one`; whether it is an error.
+pub fn block_status(node: &BlockNode, context: u32, cookie: u64, offset: u64, len: u32, one: bool) -> (Vec<u8>, bool) {
     match extents(node, offset, len, one) {
         Ok(extents) => {
             let mut payload = context.to_be_bytes().to_vec();
@@ -98,9 +98,9 @@ pub fn block_status(node: &BlockNode, context: u32, cookie: u64, offset: u64, le
             let payload_len = u32::try_from(payload.len()).unwrap_or(u32::MAX);
             let mut bytes = proto::last_chunk(chunk::BLOCK_STATUS, cookie, payload_len).to_vec();
             bytes.extend(payload);
-            bytes
+            (bytes, false)
         }
-        Err(e) => Style::Structured.error(cookie, proto::errno(&e)),
+        Err(e) => (Style::Structured.error(cookie, proto::errno(&e)), true),
     }
 }
 

@@ -246,12 +246,10 @@ impl Shared {
             Ok(None) => return,
             Err(e) => return debug!(client, "NBD negotiation: {e}"),
         };
-        if !agreed.export.enter(client, &stream) {
-            return;
-        }
+        let Some(meter) = agreed.export.enter(client, &stream) else { return };
         self.lock().served = true;
         let _inside = Inside { export: &agreed.export, client };
-        if let Err(e) = transmission::serve(&stream, &agreed, &self.workers) {
+        if let Err(e) = transmission::serve(&stream, &agreed, meter, &self.workers) {
             debug!(client, export = agreed.export.name(), "NBD client: {e}");
         }
         // The peer learns at once; the descriptor goes with the last of its holders.

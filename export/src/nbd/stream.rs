@@ -2,6 +2,7 @@
 //! A connected socket: exact reads and writes, with a deadline while the peer has proved nothing yet.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,17 @@ impl Stream {
     /// The descriptor's number.
     pub fn number(&self) -> RawFd {
         self.0.as_raw_fd()
+    }
+
+    /// Who is at the other end, as far as the kernel tells: an address, or a process.
+    pub fn peer(&self) -> String {
+        match rustix::net::getpeername(&self.0).ok().flatten().map(SocketAddr::try_from) {
+            Some(Ok(address)) => address.to_string(),
+            _ => match rustix::net::sockopt::socket_peercred(&self.0) {
+                Ok(peer) => format!("process {}, user {}", peer.pid, peer.uid.as_raw()),
+                Err(_) => "unknown".into(),
+            },
+        }
     }
 
     /// Receives what is there, at least one byte; 0 is the end.

@@ -10,7 +10,9 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
+use block::stats::{Kind, Tally};
 use block::{BlockNode, Wait, ZeroFlags};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -21,6 +23,7 @@ use super::handshake::Agreed;
 use super::proto::{self, Command, MAX_PAYLOAD, REQUEST_LEN, Request, cmd_flag};
 use super::reply::{self, Style};
 use super::stream::Stream;
+use crate::meter::Meter;
 use crate::workers::Workers;
 
 /// Most requests at the workers at once, for one connection.
@@ -34,7 +37,7 @@ const LEAST_CHARGE: usize = 256;
 ///
 /// # Errors
 /// A client that breaks the protocol or vanishes.
-pub fn serve(stream: &Stream, agreed: &Agreed, workers: &Workers) -> io::Result<()> {
+pub fn serve(stream: &Stream, agreed: &Agreed, meter: Meter, workers: &Workers) -> io::Result<()> {
     let mut session = Session {
         stream,
         node: agreed.export.node(),
@@ -49,6 +52,8 @@ pub fn serve(stream: &Stream, agreed: &Agreed, workers: &Workers) -> io::Result<
         completions: Completions::new()?,
         in_flight: 0,
         charged: 0,
+        meter,
+        tally: Tally::default(),
     };
     let served = session.run();
     // The export is in use until its last request has ended, whoever is there to hear of it.
@@ -86,17 +91,23 @@ struct Session<'a> {
     completions: Arc<Completions>,
     in_flight: usize,
     charged: usize,
+    meter: Meter,
+    /// What the batch that is being answered consists of.
+    tally: Tally,
 }
 
 impl Session<'_> {
     fn run(&mut self) -> io::Result<()> {
         loop {
-            while self.step()? {}
-            if matches!(self.state, State::Goodbye) {
-                return self.outbox.send(self.stream);
-            }
-            self.outbox.send(self.stream)?;
             if !self.receive()? {
+                return Ok(());
+            }
+            let received = Instant::now();
+            while self.step()? {}
+            let sent = self.outbox.send(self.stream);
+            self.meter.settle(&mut self.tally, received);
+            sent?;
+            if matches!(self.state, State::Goodbye) {
                 return Ok(());
             }
         }
@@ -176,6 +187,9 @@ impl Session<'_> {
             return Ok(());
         }
         let refused = self.check(&request).err();
+        if refused.is_some() {
+            self.tally.note(kind(command), len.into(), true);
+        }
         if command == Command::Write {
             self.state = match refused {
                 Some(error) => State::Skip { cookie, left: len as usize, error },
@@ -187,11 +201,12 @@ impl Session<'_> {
             return self.push(&self.style.error(cookie, error));
         }
         if len == 0 && command != Command::Flush {
+            self.tally.note(kind(command), 0, false);
             return self.push(&self.style.done(cookie, command == Command::Read));
         }
         match command {
             Command::Read => self.read(cookie, offset, len),
-            _ => self.submit(request),
+            _ => self.submit(request, kind(command)),
         }
     }
 
@@ -251,7 +266,12 @@ impl Session<'_> {
             }
         }
         let (node, style) = (Arc::clone(self.node), self.style);
-        self.hand_over(cookie, size, move |slot| slot.fill(reply::read(style, &node, cookie, offset, len)))
+        let (meter, started) = (self.meter.clone(), Instant::now());
+        self.hand_over(cookie, size, move |slot| {
+            let (bytes, failed) = reply::read(style, &node, cookie, offset, len);
+            meter.record(Kind::Read, len.into(), failed, started);
+            slot.fill(bytes);
+        })
     }
 
     /// `WouldBlock` only with [`Wait::Never`]; other errors of the node are answered.
@@ -261,10 +281,14 @@ impl Session<'_> {
         match self.node.read(&mut room[header..], offset, wait) {
             Ok(()) => {
                 self.style.put_read_header(&mut room[..header], cookie, offset, len);
+                self.tally.note(Kind::Read, len.into(), false);
                 self.outbox.commit(header + len as usize, self.stream)
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock && wait == Wait::Never => Err(e),
-            Err(e) => self.push(&self.style.error(cookie, proto::errno(&e))),
+            Err(e) => {
+                self.tally.note(Kind::Read, len.into(), true);
+                self.push(&self.style.error(cookie, proto::errno(&e)))
+            }
         }
     }
 
@@ -274,6 +298,7 @@ impl Session<'_> {
         self.inbox.consume(piece);
         let (cookie, left) = (request.cookie, left - piece);
         if let Err(e) = written {
+            self.tally.note(Kind::Write, request.len.into(), true);
             self.state = State::Skip { cookie, left, error: proto::errno(&e) };
             return Ok(());
         }
@@ -284,23 +309,28 @@ impl Session<'_> {
         self.state = State::Header;
         if request.flags & cmd_flag::FUA != 0 {
             // The same promise as a write with RWF_DSYNC, without keeping this thread.
-            return self.submit(Request { command: Command::Flush, ..request });
+            return self.submit(Request { command: Command::Flush, ..request }, Kind::Write);
         }
+        self.tally.note(Kind::Write, request.len.into(), false);
         self.push(&self.style.done(cookie, false))
     }
 
-    /// Gives a request that may take its time to the workers.
-    fn submit(&mut self, request: Request) -> io::Result<()> {
+    /// Gives a request that may take its time to the workers; it counts as one of `kind`.
+    fn submit(&mut self, request: Request, kind: Kind) -> io::Result<()> {
         let Request { flags, command, cookie, offset, len } = request;
         let (node, style, context) = (Arc::clone(self.node), self.style, self.base_allocation);
         let durable = flags & cmd_flag::FUA != 0;
+        let (meter, started) = (self.meter.clone(), Instant::now());
         self.hand_over(cookie, LEAST_CHARGE, move |slot| {
+            let count = |failed| meter.record(kind, len.into(), failed, started);
             let result = match command {
                 Command::BlockStatus => {
                     let one = flags & cmd_flag::REQ_ONE != 0;
                     // Without a context the request was refused.
                     let context = context.unwrap_or_default();
-                    return slot.fill(reply::block_status(&node, context, cookie, offset, len, one));
+                    let (bytes, failed) = reply::block_status(&node, context, cookie, offset, len, one);
+                    count(failed);
+                    return slot.fill(bytes);
                 }
                 Command::Flush => node.flush(),
                 Command::Trim => {
@@ -314,6 +344,7 @@ impl Session<'_> {
                 Command::Cache => cache(&node, offset, len),
                 Command::Read | Command::Write | Command::Disconnect | Command::Unknown(_) => Err(Errno::INVAL.into()),
             };
+            count(result.is_err());
             slot.fill(style.outcome(cookie, result));
         })
     }
@@ -362,6 +393,18 @@ impl Session<'_> {
 
     fn push(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.outbox.push(bytes, self.stream)
+    }
+}
+
+/// What a command counts as.
+fn kind(command: Command) -> Kind {
+    match command {
+        Command::Read | Command::Cache | Command::Disconnect | Command::Unknown(_) => Kind::Read,
+        Command::Write => Kind::Write,
+        Command::WriteZeroes => Kind::Zeroes,
+        Command::Trim => Kind::Discard,
+        Command::Flush => Kind::Flush,
+        Command::BlockStatus => Kind::Status,
     }
 }
 

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Where a client's requests are counted.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use block::BlockNode;
+use block::stats::{Kind, Stats, Tally};
+
+/// A client's counters, those of its export, and those of its node. Cloning shares them.
+#[derive(Clone, Debug)]
+pub struct Meter {
+    client: Arc<Stats>,
+    export: Arc<Stats>,
+    node: Arc<BlockNode>,
+}
+
+/// A client as queries show it.
+#[derive(Clone, Debug)]
+pub struct ClientShown {
+    /// Its number, never used twice by one server.
+    pub id: u64,
+    /// Who it is, as far as the kernel tells.
+    pub peer: String,
+    /// What it asked.
+    pub stats: Arc<Stats>,
+}
+
+impl Meter {
+    /// A new client's.
+    pub fn new(export: Arc<Stats>, node: Arc<BlockNode>) -> Meter {
+        Meter { client: Arc::default(), export, node }
+    }
+
+    /// The client's own counters.
+    pub fn client(&self) -> &Arc<Stats> {
+        &self.client
+    }
+
+    /// Counts one request that began at `started` and has ended now.
+    pub fn record(&self, kind: Kind, bytes: u64, failed: bool, started: Instant) {
+        let mut tally = Tally::default();
+        tally.note(kind, bytes, failed);
+        self.settle(&mut tally, started);
+    }
+
+    /// Counts a batch that began at `started` and has been answered now.
+    pub fn settle(&self, tally: &mut Tally, started: Instant) {
+        if !tally.is_empty() {
+            tally.settle(started.elapsed(), [&*self.client, &*self.export, self.node.stats()]);
+        }
+    }
+}
