@@ -6,8 +6,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use block::Claim;
-use export::Workers;
-use export::nbd::{Export, Limits, Server, Settings};
+use export::nbd::{Limits, Server, Settings};
+use export::{Running, Workers};
 use qmp::Error;
 
 use crate::wake::Wake;
@@ -28,7 +28,10 @@ pub struct Shown<'a> {
 struct Entry {
     /// Grows from export to export.
     age: u64,
-    export: Arc<Export>,
+    kind: &'static str,
+    export: Arc<dyn Running>,
+    /// The name in the NBD server, for those that it serves.
+    nbd_name: Option<String>,
     claim: Claim,
     shutting_down: bool,
 }
@@ -75,7 +78,7 @@ impl Exports {
     pub fn stop_nbd(&mut self) -> Result<(), Error> {
         let server = self.nbd.take().ok_or_else(|| Error::generic("NBD server not running"))?;
         server.stop();
-        for entry in self.entries.values_mut() {
+        for entry in self.entries.values_mut().filter(|entry| entry.nbd_name.is_some()) {
             entry.shutting_down = true;
         }
         Ok(())
@@ -94,9 +97,26 @@ impl Exports {
         let Some(server) = &self.nbd else { return Err((Error::generic("NBD server not running"), claim)) };
         let taken = format!("NBD server already has export named '{}'", settings.name);
         let Some(export) = server.add(settings) else { return Err((Error::generic(taken), claim)) };
-        self.entries.insert(id, Entry { age: self.next_age, export, claim, shutting_down: false });
-        self.next_age += 1;
+        let name = export.name().to_owned();
+        self.insert(id, "nbd", export, Some(name), claim);
         Ok(())
+    }
+
+    /// Adds an export that needs no server, whose node is claimed.
+    pub fn add(&mut self, id: String, kind: &'static str, export: Arc<dyn Running>, claim: Claim) {
+        self.insert(id, kind, export, None, claim);
+    }
+
+    fn insert(
+        &mut self,
+        id: String,
+        kind: &'static str,
+        export: Arc<dyn Running>,
+        nbd_name: Option<String>,
+        claim: Claim,
+    ) {
+        self.entries.insert(id, Entry { age: self.next_age, kind, export, nbd_name, claim, shutting_down: false });
+        self.next_age += 1;
     }
 
     /// Starts an export's removal.
@@ -108,12 +128,14 @@ impl Exports {
         if entry.shutting_down {
             return Err(Error::generic(format!("Export '{id}' is already shutting down")));
         }
-        if !hard && entry.export.clients() > 0 {
+        if !hard && entry.export.is_in_use() {
             return Err(Error::generic(format!("export '{id}' still in use")));
         }
         entry.shutting_down = true;
-        if let Some(server) = &self.nbd {
-            server.remove(entry.export.name());
+        match (&self.nbd, &entry.nbd_name) {
+            // The server closes it once nobody can find it any more.
+            (Some(server), Some(name)) => server.remove(name),
+            _ => entry.export.close(),
         }
         Ok(())
     }
@@ -121,7 +143,10 @@ impl Exports {
     /// Takes out those that are on their way and have no client any more: their ids and claims.
     pub fn reap(&mut self) -> Vec<(String, Claim)> {
         self.entries
-            .extract_if(.., |_, entry| entry.shutting_down && entry.export.clients() == 0)
+            .extract_if(.., |_, entry| {
+                entry.shutting_down |= entry.export.has_ended_itself();
+                entry.shutting_down && entry.export.is_over()
+            })
             .map(|(id, entry)| (id, entry.claim))
             .collect()
     }
@@ -133,7 +158,13 @@ impl Exports {
 
     /// Every descriptor of its servers and what it is.
     pub fn descriptors(&self) -> Vec<(i32, String)> {
-        self.nbd.as_ref().map(Server::descriptors).unwrap_or_default()
+        let server = self.nbd.as_ref().map(Server::descriptors).unwrap_or_default();
+        server.into_iter().chain(self.entries.values().flat_map(|entry| entry.export.descriptors())).collect()
+    }
+
+    /// Every running export by id.
+    pub fn running(&self) -> impl Iterator<Item = (&str, &'static str, &dyn Running)> {
+        self.entries.iter().map(|(id, entry)| (id.as_str(), entry.kind, &*entry.export))
     }
 
     /// Every export, the newest first.
@@ -142,7 +173,7 @@ impl Exports {
         entries.sort_by_key(|(_, entry)| std::cmp::Reverse(entry.age));
         entries.into_iter().map(|(id, entry)| Shown {
             id,
-            kind: "nbd",
+            kind: entry.kind,
             node_name: entry.export.node().name(),
             shutting_down: entry.shutting_down,
         })

@@ -7,7 +7,9 @@
 
 mod meter;
 pub mod nbd;
+mod running;
 mod workers;
 
-pub use meter::{ClientShown, Meter};
+pub use meter::Meter;
+pub use running::{ClientShown, Running};
 pub use workers::Workers;

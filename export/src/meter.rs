@@ -15,17 +15,6 @@ pub struct Meter {
     node: Arc<BlockNode>,
 }
 
-/// A client as queries show it.
-#[derive(Clone, Debug)]
-pub struct ClientShown {
-    /// Its number, never used twice by one server.
-    pub id: u64,
-    /// Who it is, as far as the kernel tells.
-    pub peer: String,
-    /// What it asked.
-    pub stats: Arc<Stats>,
-}
-
 impl Meter {
     /// A new client's.
     pub fn new(export: Arc<Stats>, node: Arc<BlockNode>) -> Meter {

@@ -9,7 +9,8 @@ use block::stats::Stats;
 
 use super::proto::flag;
 use super::stream::Stream;
-use crate::meter::{ClientShown, Meter};
+use crate::meter::Meter;
+use crate::running::{ClientShown, Running};
 
 /// What an export is made of.
 #[derive(Debug)]
@@ -101,22 +102,6 @@ impl Export {
         }
     }
 
-    /// What all of its clients asked.
-    pub fn stats(&self) -> &Arc<Stats> {
-        &self.stats
-    }
-
-    /// The clients in transmission.
-    pub fn present(&self) -> Vec<ClientShown> {
-        let clients = self.lock();
-        let shown = |(&id, (stream, meter)): (&u64, &(Arc<Stream>, Meter))| ClientShown {
-            id,
-            peer: stream.peer(),
-            stats: Arc::clone(meter.client()),
-        };
-        clients.present.iter().map(shown).collect()
-    }
-
     /// Lets a client in, unless the export is closing; where its requests are counted.
     pub(super) fn enter(&self, client: u64, stream: &Arc<Stream>) -> Option<Meter> {
         let mut clients = self.lock();
@@ -134,5 +119,37 @@ impl Export {
 
     fn lock(&self) -> MutexGuard<'_, Clients> {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Running for Export {
+    fn node(&self) -> &Arc<BlockNode> {
+        &self.settings.node
+    }
+
+    fn stats(&self) -> &Arc<Stats> {
+        &self.stats
+    }
+
+    fn clients(&self) -> Vec<ClientShown> {
+        let clients = self.lock();
+        let shown = |(&id, (stream, meter)): (&u64, &(Arc<Stream>, Meter))| ClientShown {
+            id,
+            peer: stream.peer(),
+            stats: Arc::clone(meter.client()),
+        };
+        clients.present.iter().map(shown).collect()
+    }
+
+    fn is_in_use(&self) -> bool {
+        Export::clients(self) > 0
+    }
+
+    fn close(&self) {
+        Export::close(self);
+    }
+
+    fn is_over(&self) -> bool {
+        Export::clients(self) == 0
     }
 }

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What every export can be asked, whatever protocol it speaks.
+
+use std::sync::Arc;
+
+use block::BlockNode;
+use block::stats::Stats;
+
+/// A client as queries show it.
+#[derive(Clone, Debug)]
+pub struct ClientShown {
+    /// Its number, never used twice by one server.
+    pub id: u64,
+    /// Who it is, as far as the kernel tells.
+    pub peer: String,
+    /// What it asked.
+    pub stats: Arc<Stats>,
+}
+
+/// An export that runs, as the control thread sees it. Every call returns at once.
+pub trait Running: Send + Sync {
+    /// The node.
+    fn node(&self) -> &Arc<BlockNode>;
+
+    /// What all of its clients asked since it began.
+    fn stats(&self) -> &Arc<Stats>;
+
+    /// The clients that are there now.
+    fn clients(&self) -> Vec<ClientShown>;
+
+    /// Whether somebody uses it: then only a hard removal ends it.
+    fn is_in_use(&self) -> bool;
+
+    /// Begins its end: no new clients or requests. It is over when [`Running::is_over`] says so; then whoever was told to be
+    /// called at changes is called.
+    fn close(&self);
+
+    /// Whether nothing of it runs any more and its node is free. Asked after [`Running::close`], and where an export can end
+    /// by itself.
+    fn is_over(&self) -> bool;
+
+    /// Whether it has ended, or is about to, without having been closed: its client or the kernel let go of it.
+    fn has_ended_itself(&self) -> bool {
+        false
+    }
+
+    /// Number of every descriptor that it holds for itself, and what it is; what a server holds for several is not among them.
+    fn descriptors(&self) -> Vec<(i32, String)> {
+        Vec::new()
+    }
+}
