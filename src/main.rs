@@ -30,7 +30,7 @@ struct CommandLine {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Serve a disk image over NBD on a unix socket, read by a process that can open nothing.
+    /// Serve a disk image over NBD on a unix socket, or as a file, read by a process that can open nothing.
     Serve(serve::Options),
     /// Show what a running daemon was passed, or look for descriptors that it has lost sight of.
     Fdsets(fdsets::Options),
@@ -42,6 +42,9 @@ enum Verb {
     /// Serve a disk image over NBD with qemu-nbd's options (see `doorless nbd --help`).
     #[command(disable_help_flag = true)]
     Nbd(Rest),
+    /// Unmount a file of `serve --fuse` when standard input ends. For the manager's use.
+    #[command(hide = true)]
+    Unmount(UnmountOptions),
     /// Tell what the image on standard input is, confined. For the manager's use.
     #[command(hide = true)]
     Inspect(InspectOptions),
@@ -52,6 +55,15 @@ struct Rest {
     /// Options as QEMU's program has them.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
+}
+
+#[derive(Args)]
+struct UnmountOptions {
+    /// The file.
+    mountpoint: PathBuf,
+    /// The inherited descriptor of its mount.
+    #[arg(long)]
+    tree: Option<i32>,
 }
 
 #[derive(Args)]
@@ -113,6 +125,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Demo(options) => return demo::run(&options),
         Verb::Daemon(Rest { arguments }) => daemon::run(DAEMON, arguments)?,
         Verb::Nbd(Rest { arguments }) => return nbd::run("doorless nbd", arguments),
+        Verb::Unmount(UnmountOptions { mountpoint, tree }) => manager::fuse::unmount_when_abandoned(&mountpoint, tree)?,
         Verb::Inspect(InspectOptions { format, confinement }) => {
             img::inspect::run(format.as_deref(), confinement.confine == "best-effort")?;
         }

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `doorless serve`: an image on an NBD socket until Ctrl-C.
+//! `doorless serve`: an image on an NBD socket or as a file until Ctrl-C.
 
 use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use manager::chain::{Chain, Policy};
-use manager::serve::{End, ExportOptions, Listen, Request, serve, uri};
+use manager::chain::Policy;
+use manager::fuse::AllowOther;
+use manager::serve::{End, ExportOptions, FileOptions, Listen, Request, Served, serve, uri};
 
 use crate::{Confinement, PrivateSocket};
 
@@ -26,9 +27,18 @@ pub struct Options {
     /// Never write to the image.
     #[arg(long, short)]
     read_only: bool,
-    /// Where to listen; by default in a directory that only this user can enter.
+    /// Where to listen for NBD clients; by default, without --fuse, in a directory that only this user can enter.
     #[arg(long, short = 'k', value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// Let the disk appear as a plain file in place of this one, which is a regular file that exists (FUSE).
+    #[arg(long, value_name = "FILE")]
+    fuse: Option<PathBuf>,
+    /// Let that file be made longer or shorter.
+    #[arg(long, requires = "fuse")]
+    growable: bool,
+    /// Whether others than this user may use that file, as far as its permissions allow.
+    #[arg(long, value_name = "WHETHER", default_value = "auto", value_parser = ["on", "off", "auto"], requires = "fuse")]
+    allow_other: String,
     /// The export's name; by default the empty name, which clients ask for when they name none.
     #[arg(long, default_value = "")]
     name: String,
@@ -45,15 +55,20 @@ pub struct Options {
 /// Serves until a signal or the daemon's end.
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let waiting = manager::serve::Waiting::new().context("could not prepare for signals")?;
-    let private = match &options.socket {
-        Some(_) => None,
-        None => Some(PrivateSocket::new()?),
+    let private = match (&options.socket, &options.fuse) {
+        (None, None) => Some(PrivateSocket::new()?),
+        _ => None,
     };
-    let socket = match (&options.socket, &private) {
-        (Some(path), _) => std::path::absolute(path)?,
-        (None, Some(private)) => private.path(),
-        (None, None) => bail!("no socket"),
+    let socket = match &options.socket {
+        Some(path) => Some(std::path::absolute(path)?),
+        None => private.as_ref().map(PrivateSocket::path),
     };
+    let allow_other = match options.allow_other.as_str() {
+        "on" => AllowOther::On,
+        "off" => AllowOther::Off,
+        _ => AllowOther::Auto,
+    };
+    let file = options.fuse.clone();
     let request = Request {
         image: options.image.clone(),
         policy: Policy {
@@ -62,13 +77,15 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             read_only: options.read_only,
             allowed: options.allow.clone(),
         },
-        listen: Listen::Unix(socket.clone()),
+        listen: socket.clone().map(Listen::Unix),
+        file: file.map(|mountpoint| FileOptions { mountpoint, growable: options.growable, allow_other }),
         monitor: options.monitor.as_deref().map(std::path::absolute).transpose()?,
         export: ExportOptions { name: options.name.clone(), discard: true, ..ExportOptions::default() },
     };
     let served = serve(&options.confinement.program(), request)?;
     // Whoever started this may have closed the pipe already; the disk is served all the same.
-    let _ = announce(&served.chain, served.daemon.pid(), &uri(&socket, &options.name));
+    let uri = socket.map(|socket| uri(&socket, &options.name));
+    let _ = announce(&served, uri.as_deref());
     match waiting.until_signal_or_end(&served.daemon)? {
         End::Signal => served.stop()?,
         End::Daemon => {
@@ -80,7 +97,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 /// Tells what is served, and lines to try it with.
-fn announce(chain: &Chain, daemon: u32, uri: &str) -> std::io::Result<()> {
+fn announce(served: &Served, uri: Option<&str>) -> std::io::Result<()> {
+    let chain = &served.chain;
     let mut out = std::io::stdout().lock();
     for (index, layer) in chain.layers.iter().enumerate() {
         let place = if index == 0 { "image" } else { "backed by" };
@@ -100,12 +118,28 @@ fn announce(chain: &Chain, daemon: u32, uri: &str) -> std::io::Result<()> {
     }
     let read_only = chain.layers[0].image.rights == manager::opening::Rights::ReadOnly;
     let snapshot = if read_only { ",snapshot=on" } else { "" };
-    writeln!(out, "daemon: process {daemon}, confined: it can open nothing any more")?;
-    writeln!(out, "ready: {uri}")?;
-    writeln!(out)?;
-    writeln!(out, "  nbdinfo '{uri}'")?;
-    writeln!(out, "  nbdcopy '{uri}' copy.raw")?;
-    writeln!(out, "  qemu-system-x86_64 -drive 'format=raw,if=virtio{snapshot},file={uri}'")?;
+    writeln!(out, "daemon: process {}, confined: it can open nothing any more", served.daemon.pid())?;
+    let file = served.file.as_ref().map(|file| file.mountpoint().display());
+    if let (Some(file), Some(_)) = (&file, uri) {
+        writeln!(out, "file: {file}")?;
+    }
+    match (uri, &file) {
+        (Some(uri), _) => {
+            writeln!(out, "ready: {uri}")?;
+            writeln!(out)?;
+            writeln!(out, "  nbdinfo '{uri}'")?;
+            writeln!(out, "  nbdcopy '{uri}' copy.raw")?;
+            writeln!(out, "  qemu-system-x86_64 -drive 'format=raw,if=virtio{snapshot},file={uri}'")?;
+        }
+        (None, Some(file)) => {
+            let read_only = if read_only { " -r" } else { "" };
+            writeln!(out, "ready: {file}")?;
+            writeln!(out)?;
+            writeln!(out, "  cp '{file}' copy.raw")?;
+            writeln!(out, "  losetup --find --show{read_only} '{file}'")?;
+        }
+        (None, None) => {}
+    }
     writeln!(out)?;
     writeln!(out, "Ctrl-C ends it.")?;
     out.flush()

@@ -102,6 +102,12 @@ impl Exports {
         Ok(())
     }
 
+    /// Whom an export tells that it has changed.
+    pub fn changed(&self) -> impl Fn() + Send + Sync + 'static {
+        let wake = Arc::clone(&self.wake);
+        move || wake.up()
+    }
+
     /// Adds an export that needs no server, whose node is claimed.
     pub fn add(&mut self, id: String, kind: &'static str, export: Arc<dyn Running>, claim: Claim) {
         self.insert(id, kind, export, None, claim);

@@ -2,9 +2,10 @@
 //! What serves block nodes to clients.
 //!
 //! An export is a node under a name. Its clients' bytes are foreign, so everything here treats them as hostile; its sockets
-//! arrive as descriptors, so nothing here opens, binds or connects. [`nbd`] is the protocol that exists, [`Workers`] are the
-//! threads that sleep in its stead.
+//! arrive as descriptors, so nothing here opens, binds or connects. [`nbd`] and [`fuse`] are protocols, [`Workers`] are the
+//! threads that sleep in NBD's stead; [`Running`] is what all have in common.
 
+pub mod fuse;
 mod meter;
 pub mod nbd;
 mod running;

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, ExitStatus, Stdio};
 
 use qmp::Client;
@@ -23,6 +24,8 @@ pub struct Launch {
     pub ends_with_clients: bool,
     /// Whether it lets go of standard error once it is ready.
     pub background: bool,
+    /// Whether a Ctrl-C is for its manager alone, which has something to do before the daemon ends.
+    pub deaf_to_terminal: bool,
 }
 
 /// A running daemon. Dropping it closes the socket, and then the daemon ends by itself.
@@ -66,6 +69,9 @@ impl Daemon {
             command.args(["--chardev", &chardev, "--monitor", "others"]);
         }
         command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
+        if launch.deaf_to_terminal {
+            command.process_group(0);
+        }
         let child = command.spawn().map_err(Error::process(doing))?;
         // The pipe's other end stays open until the daemon has greeted, and so has written to it.
         // Our copy of the daemon's end goes with the command: if the daemon dies, the socket says so.

@@ -4,12 +4,13 @@
 //! [`opening`] opens images by policy. [`chain`] learns what an image is built from: it asks the confined [`inspector`], a
 //! process that gets one descriptor and answers in JSON, and resolves the names it hears about by policy. [`daemon`] starts
 //! the confined daemon and talks QMP to it; [`disk`] passes it the descriptors of a chain and says what to build of them.
-//! [`serve`] puts these together.
+//! [`fuse`] mounts what the daemon serves as a file. [`serve`] puts these together.
 
 pub mod chain;
 pub mod daemon;
 pub mod disk;
 mod error;
+pub mod fuse;
 pub mod inspector;
 pub mod monitor;
 pub mod opening;

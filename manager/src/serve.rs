@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A disk image on an NBD socket: open, pass, export.
+//! A disk image on an NBD socket, or as a file: open, pass, export.
 
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,12 +14,15 @@ use sys::signal::{self, Signals};
 use crate::chain::{self, Chain, Policy};
 use crate::daemon::{Daemon, Launch};
 use crate::disk;
+use crate::fuse::{AllowOther, Attached, Mount};
 use crate::inspector::Program;
 use crate::opening::Rights;
 use crate::{Error, Result};
 
-/// The node and export id of the one disk.
+/// The node of the one disk, and its NBD export's id.
 const DISK: &str = "disk";
+/// The export id of the file.
+const FILE: &str = "file";
 
 /// What to serve, and where.
 #[derive(Debug)]
@@ -28,8 +31,10 @@ pub struct Request {
     pub image: PathBuf,
     /// What may be opened, and how.
     pub policy: Policy,
-    /// Where clients come from.
-    pub listen: Listen,
+    /// Where NBD clients come from.
+    pub listen: Option<Listen>,
+    /// As which file the disk appears.
+    pub file: Option<FileOptions>,
     /// Where others find a monitor of the daemon.
     pub monitor: Option<PathBuf>,
     /// How it is offered.
@@ -68,6 +73,17 @@ pub struct ExportOptions {
     pub background: bool,
 }
 
+/// How a disk becomes a file in the host's tree.
+#[derive(Clone, Debug)]
+pub struct FileOptions {
+    /// A regular file, in whose place it appears.
+    pub mountpoint: PathBuf,
+    /// Whether it may be made longer or shorter.
+    pub growable: bool,
+    /// Whether others than this user may use it.
+    pub allow_other: AllowOther,
+}
+
 /// A disk that is being served.
 #[derive(Debug)]
 pub struct Served {
@@ -75,6 +91,8 @@ pub struct Served {
     pub daemon: Daemon,
     /// What it serves.
     pub chain: Chain,
+    /// The file as which it appears, unless it does not.
+    pub file: Option<Attached>,
     sockets: Vec<PathBuf>,
 }
 
@@ -83,43 +101,59 @@ pub struct Served {
 /// # Errors
 /// Any step's; nothing is left behind.
 pub fn serve(program: &Program, request: Request) -> Result<Served> {
-    let Request { image, policy, listen: place, monitor, export } = request;
+    let Request { image, policy, listen: place, file, monitor, export } = request;
     let chain = chain::open(program, &image, &policy)?;
     let launch = Launch {
         monitor: monitor.as_deref().map(listen).transpose()?,
         ends_with_clients: export.until_unused,
         background: export.background,
+        deaf_to_terminal: file.is_some(),
     };
     let mut daemon = Daemon::start_with(program, &launch)?;
     let node = disk::attach(&mut daemon, &chain, DISK, export.discard)?;
-    let mut sockets: Vec<PathBuf> = monitor.into_iter().collect();
-    let listener = match place {
-        Listen::Unix(path) => {
-            let listener = listen(&path)?;
-            sockets.push(path);
-            OwnedFd::from(listener)
-        }
-        Listen::Tcp(host, port) => {
-            let failed = |source| Error::Listen { address: format!("{host}:{port}"), source };
-            TcpListener::bind((host.as_str(), port)).map_err(failed)?.into()
-        }
-        Listen::Passed(listener) => listener,
-    };
-    let served = Served { daemon, chain, sockets };
-    served.export(&listener, node, &export)
+    let sockets: Vec<PathBuf> = monitor.into_iter().collect();
+    let mut served = Served { daemon, chain, file: None, sockets };
+    let node = served.part(node, &export)?;
+    if let Some(place) = place {
+        let listener = match place {
+            Listen::Unix(path) => {
+                let listener = listen(&path)?;
+                served.sockets.push(path);
+                OwnedFd::from(listener)
+            }
+            Listen::Tcp(host, port) => {
+                let failed = |source| Error::Listen { address: format!("{host}:{port}"), source };
+                TcpListener::bind((host.as_str(), port)).map_err(failed)?.into()
+            }
+            Listen::Passed(listener) => listener,
+        };
+        served.export(&listener, &node, &export)?;
+    }
+    if let Some(file) = file {
+        served.mount(program, &node, &file)?;
+    }
+    Ok(served)
 }
 
 impl Served {
-    fn export(mut self, listener: &OwnedFd, mut node: String, options: &ExportOptions) -> Result<Served> {
-        let writable = self.chain.layers[0].image.rights == Rights::ReadWrite;
-        if options.offset > 0 {
-            let part = json!({
-                "driver": "raw", "node-name": "part", "file": node, "offset": options.offset,
-                "read-only": !writable, "discard": if options.discard { "unmap" } else { "ignore" },
-            });
-            self.daemon.execute("blockdev-add", part, &[])?;
-            node = "part".into();
+    fn is_writable(&self) -> bool {
+        self.chain.layers[0].image.rights == Rights::ReadWrite
+    }
+
+    /// A node over the part of the disk that is offered.
+    fn part(&mut self, node: String, options: &ExportOptions) -> Result<String> {
+        if options.offset == 0 {
+            return Ok(node);
         }
+        let part = json!({
+            "driver": "raw", "node-name": "part", "file": node, "offset": options.offset,
+            "read-only": !self.is_writable(), "discard": if options.discard { "unmap" } else { "ignore" },
+        });
+        self.daemon.execute("blockdev-add", part, &[])?;
+        Ok("part".into())
+    }
+
+    fn export(&mut self, listener: &OwnedFd, node: &str, options: &ExportOptions) -> Result<()> {
         self.daemon.execute("getfd", json!({ "fdname": "nbd" }), &[listener.as_fd()])?;
         let mut start = json!({ "addr": { "type": "fd", "data": { "str": "nbd" } } });
         if let Some(most) = options.max_connections {
@@ -129,21 +163,40 @@ impl Served {
             start["handshake-max-seconds"] = json!(seconds);
         }
         self.daemon.execute("nbd-server-start", start, &[])?;
+        let writable = self.is_writable();
         let mut export =
             json!({ "type": "nbd", "id": DISK, "node-name": node, "name": options.name, "writable": writable });
         if let Some(description) = &options.description {
             export["description"] = json!(description);
         }
         self.daemon.execute("block-export-add", export, &[])?;
-        Ok(self)
+        Ok(())
+    }
+
+    fn mount(&mut self, program: &Program, node: &str, options: &FileOptions) -> Result<()> {
+        let FileOptions { mountpoint, growable, allow_other } = options;
+        let writable = self.is_writable();
+        let mount = Mount::make(program, mountpoint, !writable, *allow_other)?;
+        self.daemon.execute("getfd", json!({ "fdname": "fuse" }), &[mount.device()])?;
+        let others = if mount.is_shared() { AllowOther::On } else { AllowOther::Off };
+        let export = json!({
+            "type": "fuse", "id": FILE, "node-name": node, "fd": "fuse", "writable": writable, "growable": growable,
+            "mountpoint": mount.mountpoint().to_string_lossy(), "allow-other": others.word(),
+            "uid": rustix::process::geteuid().as_raw(), "gid": rustix::process::getegid().as_raw(),
+        });
+        self.daemon.execute("block-export-add", export, &[])?;
+        self.file = Some(mount.attach()?);
+        Ok(())
     }
 
     /// Ends the daemon properly and removes the sockets.
     ///
     /// # Errors
     /// The daemon cannot be waited for.
-    pub fn stop(self) -> Result<()> {
+    pub fn stop(mut self) -> Result<()> {
         self.remove_sockets();
+        // While it is served: what programs have mapped is written back.
+        self.file = None;
         self.daemon.stop().map(drop).map_err(Error::process("could not wait for the daemon"))
     }
 

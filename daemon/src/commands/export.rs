@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `block-export-add`, `block-export-del`, `query-block-exports`.
 
-use block::{Use, User};
+use std::sync::Arc;
+
+use block::{BlockNode, Use, User};
+use export::fuse::{self, StartError};
 use export::nbd::Settings;
 use export::nbd::proto::MAX_STRING;
 use qmp::{Arguments, Call, Command, Definition, Error, Event, Member, Type};
@@ -12,7 +15,7 @@ use super::{block_error, words};
 use crate::state::Daemon;
 
 /// The kinds of exports there are, one line each.
-const EXPORTS: &[&str] = &["nbd"];
+const EXPORTS: &[&str] = &["nbd", "fuse"];
 
 pub fn types() -> Vec<Definition> {
     vec![
@@ -34,7 +37,7 @@ pub fn types() -> Vec<Definition> {
                 Member::optional("writethrough", Type::Bool, "Not supported: must be false."),
             ],
             "type",
-            [("nbd", Type::Named("BlockExportOptionsNbd"))],
+            [("nbd", Type::Named("BlockExportOptionsNbd")), ("fuse", Type::Named("BlockExportOptionsFuse"))],
             "An export to be made.",
         ),
         Definition::structure(
@@ -48,6 +51,36 @@ pub fn types() -> Vec<Definition> {
                 Member::optional("description", Type::Str, "Free text for clients, at most 4096 bytes."),
             ],
             "An NBD export.",
+        ),
+        words("FuseExportAllowOther", &["off", "on", "auto"], "Whether others than its owner may use a mounted file."),
+        Definition::structure(
+            "BlockExportOptionsFuse",
+            [
+                Member::required(
+                    "mountpoint",
+                    Type::Str,
+                    "Where it is mounted: text for people, because nothing is mounted here.",
+                ),
+                Member::optional(
+                    "fd",
+                    Type::Str,
+                    "The name that `getfd` gave a `/dev/fuse`, opened with `O_NONBLOCK` and mounted with a regular file as its \
+                     root; needed.",
+                ),
+                Member::optional(
+                    "growable",
+                    Type::Bool,
+                    "Whether the size may change: by writes past the end, truncate(2) and fallocate(2); default false.",
+                ),
+                Member::optional(
+                    "allow-other",
+                    Type::Named("FuseExportAllowOther"),
+                    "Whether it was mounted so; unless `off`, its owner may change owner and permissions. Default `auto`.",
+                ),
+                Member::optional("uid", Type::Uint32, "The file's owner; default 0."),
+                Member::optional("gid", Type::Uint32, "The file's group; default 0."),
+            ],
+            "A file in the host's tree.",
         ),
         Definition::structure(
             "BlockExportInfo",
@@ -95,6 +128,7 @@ pub fn deleted_event() -> Event {
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Add {
+    r#type: String,
     id: String,
     node_name: String,
     iothread: Option<String>,
@@ -102,10 +136,27 @@ struct Add {
     writethrough: Option<bool>,
     name: Option<String>,
     description: Option<String>,
+    #[serde(flatten)]
+    fuse: Fuse,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Fuse {
+    #[serde(default)]
+    mountpoint: String,
+    fd: Option<String>,
+    #[serde(default)]
+    growable: bool,
+    allow_other: Option<String>,
+    #[serde(default)]
+    uid: u32,
+    #[serde(default)]
+    gid: u32,
 }
 
 fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
-    let Add { id, node_name, iothread, writable, writethrough, name, description } = call.parse()?;
+    let Add { r#type, id, node_name, iothread, writable, writethrough, name, description, fuse } = call.parse()?;
     let writable = writable.unwrap_or(false);
     if !block::id_is_well_formed(&id) {
         return Err(Error::generic("Invalid block export id"));
@@ -123,9 +174,12 @@ fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
         .graph
         .get(&node_name)
         .map_err(|_| Error::generic(format!("Cannot find device='' nor node-name='{node_name}'")))?;
-    let node = std::sync::Arc::clone(node);
+    let node = Arc::clone(node);
     if writable && !node.writable() {
         return Err(Error::generic("Cannot export read-only node as writable"));
+    }
+    if r#type == "fuse" {
+        return add_fuse(daemon, id, node, writable, fuse);
     }
     let name = name.unwrap_or_else(|| node_name.clone());
     for (what, text) in [("name", Some(&name)), ("description", description.as_ref())] {
@@ -143,6 +197,42 @@ fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     if let Err((error, claim)) = daemon.exports.add_nbd(id, settings, claim) {
         daemon.graph.release(claim);
         return Err(error);
+    }
+    Ok(Value::Null)
+}
+
+fn add_fuse(
+    daemon: &mut Daemon,
+    id: String,
+    node: Arc<BlockNode>,
+    writable: bool,
+    options: Fuse,
+) -> Result<Value, Error> {
+    let Fuse { mountpoint, fd, growable, allow_other, uid, gid } = options;
+    let Some(fd) = fd else {
+        return Err(Error::generic(format!(
+            "Could not mount '{mountpoint}': this daemon mounts nothing; mount a /dev/fuse that is open with O_NONBLOCK, pass it \
+             with getfd and give its name as 'fd'"
+        )));
+    };
+    if growable && !writable {
+        return Err(Error::generic("'growable' needs 'writable'"));
+    }
+    let device = daemon.named_fds().take(&fd)?;
+    let user = User::Export { id: id.clone() };
+    let usage = Use { user, writes: writable, resizes: growable, shares_writes: true };
+    let claim = daemon.graph.claim(node.name(), usage).map_err(block_error)?;
+    let shared = allow_other.as_deref() != Some("off");
+    let settings = fuse::Settings { node, writable, growable, shared, uid, gid };
+    match fuse::Export::start(device, settings, daemon.exports.changed()) {
+        Ok(export) => daemon.exports.add(id, "fuse", Arc::new(export), claim),
+        Err(error) => {
+            daemon.graph.release(claim);
+            return Err(Error::generic(match error {
+                StartError::Descriptor(what) => format!("The descriptor '{fd}' {what}"),
+                StartError::Io(e) => format!("Could not serve '{mountpoint}': {e}"),
+            }));
+        }
     }
     Ok(Value::Null)
 }
