@@ -43,3 +43,8 @@ fn nbd_transmission_survives_its_corpus() {
 fn the_formats_survive_their_corpus() {
     replay("image", fuzzed::image);
 }
+
+#[test]
+fn the_fuse_file_survives_its_corpus() {
+    replay("fuse_requests", fuzzed::fuse_requests);
+}

@@ -268,7 +268,12 @@ pub fn unmount_when_abandoned(mountpoint: &Path, tree: Option<i32>) -> io::Resul
     let tree = tree.map(sys::fd::inherited).transpose()?;
     io::stdin().read_to_end(&mut Vec::new())?;
     match tree {
-        // By its descriptor: the mount may have been moved, and another one hung over it.
+        // unmount(2) takes the topmost, whoever's it is.
+        Some(tree) if is_covered(&tree)? => Err(io::Error::other(format!(
+            "something else is mounted over '{}': unmount that, and then what is below",
+            mountpoint.display()
+        ))),
+        // By its descriptor: it goes wherever it has been moved.
         Some(tree) => match mount::unmount(format!("/proc/self/fd/{}", tree.as_raw_fd()), UnmountFlags::DETACH) {
             // It never hung anywhere, or somebody was quicker.
             Err(Errno::INVAL) => Ok(()),
@@ -280,6 +285,14 @@ pub fn unmount_when_abandoned(mountpoint: &Path, tree: Option<i32>) -> io::Resul
             command.stdin(Stdio::null()).stderr(Stdio::null()).status().map(drop)
         }
     }
+}
+
+/// Whether another mount hangs over this one.
+fn is_covered(tree: &OwnedFd) -> io::Result<bool> {
+    let facts = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", tree.as_raw_fd()))?;
+    let Some(id) = facts.lines().find_map(|line| line.strip_prefix("mnt_id:")) else { return Ok(false) };
+    let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+    Ok(table.lines().any(|line| line.split(' ').nth(1) == Some(id.trim())))
 }
 
 /// Unmounts what hangs over `mountpoint` if it is a mount of ours that nobody serves any more.

@@ -14,8 +14,8 @@ use block::{BlockNode, Graph, Host, NodeAccess, NodeSpec, inspect};
 use confine::{Plan, Role};
 use daemon::monitor::{Monitor, Source};
 use daemon::state::Daemon;
-use export::Workers;
 use export::nbd::{Limits, Server, Settings};
+use export::{Workers, fuse};
 use fdset::{FdPolicy, Lifetime};
 use qmp::Parser;
 
@@ -159,6 +159,33 @@ fn talk(pieces: &[&[u8]]) {
     }
     let _ = socket.shutdown(Shutdown::Write);
     reader.join().unwrap();
+}
+
+/// A kernel's FUSE requests: records of opcode, file, length (two bytes) and body behind a sound header; opcode 255 is a body
+/// without one.
+pub fn fuse_requests(data: &[u8]) {
+    let node = node(&mut Graph::new(), "file", Some(memory(&[7; 1 << 20])), &[], true).unwrap();
+    let file = fuse::File::new(fuse::Settings { node, writable: true, growable: false, shared: true, uid: 1, gid: 2 });
+    let mut room = vec![0; fuse::REPLY_ROOM];
+    let mut rest = data;
+    while let Some((&[opcode, node, low, high], body)) = rest.split_first_chunk() {
+        let len = usize::from(u16::from_le_bytes([low, high])).min(body.len());
+        let (body, after) = body.split_at(len);
+        rest = after;
+        let mut bytes = Vec::new();
+        if opcode != 255 {
+            bytes.extend(u32::try_from(40 + len).unwrap().to_ne_bytes());
+            bytes.extend(u32::from(opcode).to_ne_bytes());
+            bytes.extend([9u64.to_ne_bytes(), u64::from(node).to_ne_bytes(), [0; 8], [0; 8]].concat());
+        }
+        bytes.extend(body);
+        let Some(request) = fuse::Request::parse(&bytes) else { continue };
+        let Some(len) = file.answer(&request, &mut room) else { continue };
+        assert_eq!(u32::from_ne_bytes(room[0..4].try_into().unwrap()) as usize, len);
+        let error = i32::from_ne_bytes(room[4..8].try_into().unwrap());
+        assert!((-511..=0).contains(&error) && (error == 0 || len == 16), "the kernel would not take error {error}");
+        assert_eq!(file.node().len(), 1 << 20);
+    }
 }
 
 /// Adds a node of its driver's name over `file`, or over the nodes called `children`.

@@ -116,6 +116,12 @@ impl Serve {
         line.split(',').next().unwrap().parse().unwrap()
     }
 
+    /// The manager's end without a warning.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
     /// Ctrl-C, and the end.
     pub fn interrupt(mut self) -> ExitStatus {
         let pid = rustix::process::Pid::from_child(&self.child);

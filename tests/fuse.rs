@@ -1,0 +1,556 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A disk as a plain file: what programs that know nothing of disks do with it, what is refused, and that no mount stays.
+//!
+//! Most of it needs the right to mount. Where that is missing the tests skip by name.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod harness;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use harness::{DOORLESS, Scratch, Serve, TestDaemon, doorless, judges, noise, program, python_with, run, text};
+use manager::fuse::{AllowOther, Mount};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+const MIB: usize = 1 << 20;
+
+/// Whether this process may mount.
+fn can_mount(test: &str) -> bool {
+    let scratch = Scratch::new();
+    fs::write(scratch.path("probe"), "").unwrap();
+    match Mount::make(&program(), &scratch.path("probe"), true, AllowOther::Off) {
+        Ok(_) if rustix::process::geteuid().is_root() => true,
+        Ok(_) => {
+            eprintln!("skipped: {test}: needs root");
+            false
+        }
+        Err(e) => {
+            eprintln!("skipped: {test}: cannot mount: {e}");
+            false
+        }
+    }
+}
+
+/// Types of the mounts over a path.
+fn mounts(path: &Path) -> usize {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    table.lines().filter(|line| line.split(' ').nth(4) == Some(text(path))).count()
+}
+
+/// Waits until nothing is mounted there. Ends by the test's own time limit if that never comes.
+fn until_unmounted(path: &Path) {
+    while mounts(path) > 0 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+struct Served {
+    scratch: Scratch,
+    serve: Serve,
+}
+
+impl Served {
+    /// A raw image of `content` as the file `disk`.
+    fn start(content: &[u8], options: &[&str]) -> Served {
+        let scratch = Scratch::new();
+        fs::write(scratch.path("image"), content).unwrap();
+        fs::write(scratch.path("disk"), "what the disk hides").unwrap();
+        let (image, disk) = (scratch.name("image"), scratch.name("disk"));
+        let serve = Serve::start(&[&["--format", "raw", &image, "--fuse", &disk], options].concat());
+        Served { scratch, serve }
+    }
+
+    fn disk(&self) -> File {
+        OpenOptions::new().read(true).write(true).open(self.scratch.path("disk")).unwrap()
+    }
+
+    /// Ends it properly; the image's bytes.
+    fn end(self) -> Vec<u8> {
+        assert!(self.serve.interrupt().success());
+        assert_eq!(mounts(&self.scratch.path("disk")), 0);
+        assert_eq!(fs::read(self.scratch.path("disk")).unwrap(), b"what the disk hides");
+        fs::read(self.scratch.path("image")).unwrap()
+    }
+}
+
+#[test]
+fn foreign_programs_find_the_image_byte_for_byte_and_hole_for_hole() {
+    let test = "foreign_programs_find_the_image_byte_for_byte_and_hole_for_hole";
+    if !can_mount(test) || !judges(test, &["qemu-img", "cp", "cmp"]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (image, disk, copy) = (scratch.name("image"), scratch.name("disk"), scratch.name("copy"));
+    let file = File::create(&image).unwrap();
+    file.set_len(16 * MIB as u64).unwrap();
+    file.write_all_at(&noise(MIB, 3), 4 * MIB as u64).unwrap();
+    file.write_all_at(&noise(4096, 4), 9 * MIB as u64).unwrap();
+    fs::write(&disk, "").unwrap();
+    let map = |path: &str| run("qemu-img", &["map", "-f", "raw", "--output=json", path]);
+    let expected = map(&image);
+    let serve = Serve::start(&["--format", "raw", "--read-only", &image, "--fuse", &disk]);
+    assert_eq!(serve.uri, disk);
+    assert_eq!(map(&disk), expected);
+    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", &image, &disk]);
+    run("cp", &["--sparse=auto", &disk, &copy]);
+    run("cmp", &[&image, &copy]);
+    let refused = OpenOptions::new().write(true).open(&disk).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ReadOnlyFilesystem);
+    assert!(serve.interrupt().success());
+    assert_eq!(mounts(Path::new(&disk)), 0);
+}
+
+#[test]
+fn a_qcow2_image_may_be_replaced_by_its_own_content() {
+    let test = "a_qcow2_image_may_be_replaced_by_its_own_content";
+    if !can_mount(test) || !judges(test, &["qemu-img"]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let content = noise(MIB, 8);
+    fs::write(scratch.path("raw"), &content).unwrap();
+    let image = scratch.name("disk.qcow2");
+    run("qemu-img", &["convert", "-O", "qcow2", &scratch.name("raw"), &image]);
+    let before = fs::read(&image).unwrap();
+    let serve = Serve::start(&["--read-only", &image, "--fuse", &image]);
+    assert!(fs::read(&image).unwrap() == content);
+    assert!(serve.interrupt().success());
+    assert!(fs::read(&image).unwrap() == before);
+}
+
+/// A little generator: the same numbers every time.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, most: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        usize::try_from(self.0 >> 33).unwrap() % most
+    }
+}
+
+#[test]
+fn any_order_of_reads_writes_and_holes_agrees_with_memory() {
+    if !can_mount("any_order_of_reads_writes_and_holes_agrees_with_memory") {
+        return;
+    }
+    let mut model = noise(3 * MIB, 11);
+    let served = Served::start(&model, &[]);
+    let disk = served.disk();
+    let direct = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::DIRECT.bits().cast_signed())
+        .open(served.scratch.path("disk"));
+    let direct = direct.unwrap();
+    let mut dice = Dice(42);
+    let mut buffer = vec![0; 3 * MIB];
+    for step in 0..600 {
+        let at = dice.below(model.len());
+        // Small ones mostly; up to more than the kernel gives at once.
+        let most = [700, 5000, 100_000, 3 * MIB][dice.below(4)];
+        let len = (1 + dice.below(most)).min(model.len() - at);
+        let range = at..at + len;
+        match dice.below(6) {
+            0 | 1 => {
+                let bytes = noise(len, step);
+                disk.write_all_at(&bytes, at as u64).unwrap();
+                model[range].copy_from_slice(&bytes);
+            }
+            2 => {
+                fallocate(&disk, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at as u64, len as u64)
+                    .unwrap();
+                model[range].fill(0);
+            }
+            3 => {
+                fallocate(&disk, FallocateFlags::ZERO_RANGE, at as u64, len as u64).unwrap();
+                model[range].fill(0);
+            }
+            4 => {
+                let file = if at.is_multiple_of(2) { &disk } else { &direct };
+                file.read_exact_at(&mut buffer[..len], at as u64).unwrap();
+                assert!(buffer[..len] == model[range], "step {step}: {len} bytes at {at}");
+            }
+            _ => disk.sync_all().unwrap(),
+        }
+    }
+    // A read across the end is short.
+    assert_eq!(disk.read_at(&mut buffer[..1000], model.len() as u64 - 10).unwrap(), 10);
+    assert_eq!(disk.read_at(&mut buffer[..1000], model.len() as u64).unwrap(), 0);
+    drop((disk, direct));
+    assert!(served.end() == model);
+}
+
+#[test]
+fn seeking_finds_data_and_holes() {
+    if !can_mount("seeking_finds_data_and_holes") {
+        return;
+    }
+    let served = Served::start(&vec![7; MIB], &[]);
+    let disk = served.disk();
+    fallocate(&disk, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 256 << 10, 256 << 10).unwrap();
+    assert_eq!(seek(&disk, SeekFrom::Hole(0)), Ok(256 << 10));
+    assert_eq!(seek(&disk, SeekFrom::Data(300 << 10)), Ok(512 << 10));
+    assert_eq!(seek(&disk, SeekFrom::Hole(600 << 10)), Ok(1 << 20));
+    assert_eq!(seek(&disk, SeekFrom::End(-1)), Ok((1 << 20) - 1));
+    assert_eq!(seek(&disk, SeekFrom::Data(1 << 20)), Err(Errno::NXIO));
+    assert_eq!(seek(&disk, SeekFrom::Hole(1 << 20)), Err(Errno::NXIO));
+}
+
+#[test]
+fn a_loop_device_takes_a_file_system_that_fsck_finds_sound() {
+    let test = "a_loop_device_takes_a_file_system_that_fsck_finds_sound";
+    if !can_mount(test) || !judges(test, &["losetup", "mkfs.ext4", "e2fsck", "mount", "umount"]) {
+        return;
+    }
+    let served = Served::start(&vec![0; 48 * MIB], &[]);
+    let disk = served.scratch.name("disk");
+    let Ok(device) = Command::new("losetup").args(["--find", "--show", &disk]).output() else { return };
+    if !device.status.success() {
+        let why = String::from_utf8_lossy(&device.stderr).trim().to_owned();
+        eprintln!("skipped: {test}: no loop device: {why}");
+        return;
+    }
+    let device = String::from_utf8(device.stdout).unwrap().trim().to_owned();
+    let tree = served.scratch.path("tree");
+    fs::create_dir(&tree).unwrap();
+    let content = noise(5 * MIB, 9);
+    run("mkfs.ext4", &["-q", &device]);
+    run("mount", &[&device, text(&tree)]);
+    fs::write(tree.join("file"), &content).unwrap();
+    run("umount", &[text(&tree)]);
+    run("mount", &[&device, text(&tree)]);
+    assert!(fs::read(tree.join("file")).unwrap() == content);
+    run("umount", &[text(&tree)]);
+    run("losetup", &["--detach", &device]);
+    run("e2fsck", &["-fn", &disk]);
+    let image = served.scratch.name("image");
+    assert!(served.serve.interrupt().success());
+    run("e2fsck", &["-fn", &image]);
+}
+
+#[test]
+fn a_shared_mapping_reaches_the_image_and_is_no_way_past_the_end() {
+    let test = "a_shared_mapping_reaches_the_image_and_is_no_way_past_the_end";
+    let (true, Some(python)) = (can_mount(test), python_with(test, "mmap")) else { return };
+    let served = Served::start(&noise(MIB, 5), &[]);
+    let script = "import mmap, sys
+file = open(sys.argv[1], 'r+b')
+try:
+    area = mmap.mmap(file.fileno(), 0)
+except OSError as error:
+    sys.exit('no mapping: ' + str(error)) if error.errno != 19 else sys.exit(0)
+assert len(area) == 1 << 20
+area[4090:4100] = b'0123456789'
+area.flush()
+file.seek(4090)
+assert file.read(10) == b'0123456789'
+area.close()
+print('mapped')
+";
+    let said = run(python, &["-c", script, &served.scratch.name("disk")]);
+    let image = served.end();
+    if said.is_empty() {
+        return eprintln!("skipped: {test}: this kernel maps no file that is open for direct I/O (Linux 6.6 does)");
+    }
+    assert_eq!(&image[4090..4100], b"0123456789");
+}
+
+#[test]
+fn a_file_that_may_not_grow_keeps_its_size_whatever_is_tried() {
+    if !can_mount("a_file_that_may_not_grow_keeps_its_size_whatever_is_tried") {
+        return;
+    }
+    let served = Served::start(&vec![1; MIB], &[]);
+    let disk = served.disk();
+    let errno = |result: std::io::Result<()>| Errno::from_io_error(&result.unwrap_err());
+    for size in [0, 1, MIB as u64 + 1, (1 << 63) - 1] {
+        assert_eq!(errno(disk.set_len(size)), Some(Errno::PERM), "{size}");
+    }
+    disk.set_len(MIB as u64).unwrap();
+    assert_eq!(disk.write_at(&[2; 100], MIB as u64 - 60).unwrap(), 60, "what fits");
+    assert_eq!(disk.write_at(&[2; 100], MIB as u64).unwrap_err().kind(), ErrorKind::StorageFull);
+    assert_eq!(disk.write_at(&[2; 100], (1 << 62) + 5).unwrap_err().kind(), ErrorKind::StorageFull);
+    let allocate = |mode, at, len| fallocate(&disk, mode, at, len);
+    assert_eq!(allocate(FallocateFlags::empty(), 0, 2 << 20), Err(Errno::OPNOTSUPP));
+    assert_eq!(allocate(FallocateFlags::ZERO_RANGE, 1 << 19, 1 << 20), Err(Errno::NOSPC));
+    assert_eq!(allocate(FallocateFlags::COLLAPSE_RANGE, 0, 4096), Err(Errno::OPNOTSUPP));
+    // Beyond the end there is nothing to punch.
+    assert_eq!(allocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 1 << 40, 4096), Ok(()));
+    assert_eq!(File::create(served.scratch.path("disk")).unwrap_err().kind(), ErrorKind::PermissionDenied, "O_TRUNC");
+    assert_eq!(disk.metadata().unwrap().len(), MIB as u64);
+    drop(disk);
+    assert_eq!(served.end()[..MIB - 60], vec![1; MIB - 60]);
+}
+
+#[test]
+fn a_growable_file_grows_by_writes_truncation_and_allocation() {
+    if !can_mount("a_growable_file_grows_by_writes_truncation_and_allocation") {
+        return;
+    }
+    let served = Served::start(&vec![1; 4096], &["--growable"]);
+    let disk = served.disk();
+    let size = || disk.metadata().unwrap().len();
+    disk.write_all_at(&[2; 8192], 4096).unwrap();
+    assert_eq!(size(), 12288);
+    disk.set_len(65536).unwrap();
+    fallocate(&disk, FallocateFlags::empty(), 1 << 20, 4096).unwrap();
+    assert_eq!(size(), (1 << 20) + 4096);
+    let mut bytes = vec![9; 12288];
+    disk.read_exact_at(&mut bytes, 8192).unwrap();
+    assert_eq!((&bytes[..4096], &bytes[4096..]), (&[2; 4096][..], &[0; 8192][..]));
+    disk.set_len(8192).unwrap();
+    assert_eq!(size(), 8192);
+    // Eight exbibytes: no file system of the host has files of that size, or this one says so itself.
+    let refused = disk.set_len((1 << 63) - 1).unwrap_err();
+    assert_eq!(Errno::from_io_error(&refused), Some(Errno::FBIG));
+    assert_eq!(size(), 8192);
+    // As a copy does it: truncated to nothing, then written.
+    let content = noise(MIB, 13);
+    fs::write(served.scratch.path("disk"), &content).unwrap();
+    drop(disk);
+    assert!(served.end() == content);
+}
+
+#[test]
+fn the_owner_may_let_others_in_only_where_others_may_come() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    if !can_mount("the_owner_may_let_others_in_only_where_others_may_come") {
+        return;
+    }
+    let mode = |mode| fs::Permissions::from_mode(mode);
+    let shared = Served::start(&[0; 4096], &["--allow-other", "on"]);
+    let disk = shared.disk();
+    assert_eq!(disk.metadata().unwrap().mode(), 0o100_600);
+    disk.set_permissions(mode(0o644)).unwrap();
+    std::os::unix::fs::fchown(&disk, Some(12), Some(34)).unwrap();
+    let seen = disk.metadata().unwrap();
+    assert_eq!((seen.mode(), seen.uid(), seen.gid()), (0o100_644, 12, 34));
+    assert!(disk.set_permissions(mode(0o755)).is_err(), "nobody executes a disk");
+    let own = Served::start(&[0; 4096], &["--allow-other", "off"]);
+    let refused = own.disk().set_permissions(mode(0o644)).unwrap_err();
+    assert_eq!(Errno::from_io_error(&refused), Some(Errno::OPNOTSUPP));
+}
+
+#[test]
+fn nbd_clients_and_the_file_see_each_other_at_once() {
+    let test = "nbd_clients_and_the_file_see_each_other_at_once";
+    if !can_mount(test) || !judges(test, &["qemu-io"]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (image, disk, socket) = (scratch.name("image"), scratch.name("disk"), scratch.name("socket"));
+    fs::write(&image, vec![0; MIB]).unwrap();
+    fs::write(&disk, "").unwrap();
+    let serve = Serve::start(&["--format", "raw", &image, "--fuse", &disk, "--socket", &socket]);
+    assert!(serve.said.contains(&format!("file: {disk}")), "{:?}", serve.said);
+    let file = OpenOptions::new().read(true).write(true).open(&disk).unwrap();
+    let mut byte = [1];
+    file.read_exact_at(&mut byte, 5000).unwrap();
+    run("qemu-io", &["-f", "raw", "-c", "write -P 0x5a 4096 4096", &serve.uri]);
+    file.read_exact_at(&mut byte, 5000).unwrap();
+    assert_eq!(byte, [0x5a], "nothing is cached");
+    file.write_all_at(&[0x33; 4096], 4096).unwrap();
+    run("qemu-io", &["-f", "raw", "-c", "read -P 0x33 4096 4096", &serve.uri]);
+}
+
+#[test]
+fn no_mount_outlives_the_daemon_or_the_manager_however_they_die() {
+    if !can_mount("no_mount_outlives_the_daemon_or_the_manager_however_they_die") {
+        return;
+    }
+    let served = Served::start(&[0; 4096], &[]);
+    let busy = served.disk();
+    let path = served.scratch.path("disk");
+    assert_eq!(mounts(&path), 1);
+    kill_process(Pid::from_raw(served.serve.daemon_pid().cast_signed()).unwrap(), Signal::KILL).unwrap();
+    until_unmounted(&path);
+    assert_eq!(Errno::from_io_error(&busy.metadata().unwrap_err()), Some(Errno::NOTCONN));
+
+    let mut served = Served::start(&[0; 4096], &[]);
+    let busy = served.disk();
+    let path = served.scratch.path("disk");
+    served.serve.kill();
+    until_unmounted(&path);
+    drop(busy);
+}
+
+#[test]
+fn a_dead_mount_of_an_earlier_run_is_cleared_away() {
+    if !can_mount("a_dead_mount_of_an_earlier_run_is_cleared_away") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let path = scratch.path("disk");
+    fs::write(&path, "").unwrap();
+    // Mounted and served by nobody, with nobody to unmount it: as if everything had been killed at once.
+    let orphan = scratch.path("orphan");
+    let tool = format!(
+        "exec 3<>/dev/fuse; mount -i -t fuse.doorless -o fd=3,rootmode=100000,user_id=0,group_id=0 doorless {}",
+        text(&path)
+    );
+    let made = Command::new("bash").args(["-c", &tool]).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    assert_eq!(mounts(&path), 1);
+    assert_eq!(Errno::from_io_error(&fs::metadata(&path).unwrap_err()), Some(Errno::NOTCONN));
+    fs::write(scratch.path("image"), noise(4096, 2)).unwrap();
+    let serve = Serve::start(&["--format", "raw", &scratch.name("image"), "--fuse", text(&path)]);
+    assert_eq!(mounts(&path), 1);
+    assert_eq!(fs::read(&path).unwrap(), noise(4096, 2));
+    assert!(serve.interrupt().success());
+    assert_eq!((mounts(&path), mounts(&orphan)), (0, 0));
+}
+
+#[test]
+fn a_mount_point_that_is_swapped_meanwhile_takes_nothing_else_with_it() {
+    if !can_mount("a_mount_point_that_is_swapped_meanwhile_takes_nothing_else_with_it") {
+        return;
+    }
+    // Between the look and the mount: it goes over the file that was looked at, wherever that is now.
+    let scratch = Scratch::new();
+    let (path, aside) = (scratch.path("disk"), scratch.path("aside"));
+    fs::write(&path, "looked at").unwrap();
+    let mut daemon = TestDaemon::start();
+    let image = memory(&[7; 4096]);
+    daemon.add_node("n", "raw", &image, false);
+    let mount = Mount::make(&program(), &path, true, AllowOther::Off).unwrap();
+    fs::rename(&path, &aside).unwrap();
+    fs::write(&path, "swapped").unwrap();
+    daemon.ok_with("getfd", json!({ "fdname": "f" }), mount.device());
+    daemon.ok("block-export-add", json!({ "type": "fuse", "id": "e", "node-name": "n", "fd": "f", "mountpoint": "x" }));
+    let attached = mount.attach().unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"swapped");
+    assert_eq!(fs::read(&aside).unwrap(), [7; 4096]);
+    // After it: another mount over the same place is not the one that goes.
+    run("mount", &["--bind", text(&path), text(&aside)]);
+    drop(attached);
+    assert_eq!((mounts(&aside), fs::read(&aside).unwrap()), (2, b"swapped".to_vec()));
+    run("umount", &[text(&aside)]);
+    run("umount", &[text(&aside)]);
+    assert_eq!((mounts(&path), fs::read(&aside).unwrap()), (0, b"looked at".to_vec()));
+    assert!(refusal(&[&scratch.name(".")]).contains("is not a regular file"));
+    assert!(refusal(&[&scratch.name("missing")]).contains("No such file or directory"));
+}
+
+/// What `serve --fuse PLACE...` says when it will not.
+fn refusal(place: &[&str]) -> String {
+    let scratch = Scratch::new();
+    fs::write(scratch.path("image"), [0; 512]).unwrap();
+    let (status, _, err) = doorless(&[&["serve", "--format", "raw", &scratch.name("image"), "--fuse"], place].concat());
+    assert!(!status.success());
+    err
+}
+
+fn memory(content: &[u8]) -> File {
+    let file = File::from(rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    file.write_all_at(content, 0).unwrap();
+    file
+}
+
+#[test]
+fn the_daemon_says_what_it_must_be_passed() {
+    let mut daemon = TestDaemon::start();
+    daemon.add_node("n", "raw", memory(&[0; 4096]), false);
+    let mut refused = |fd: Option<File>, more: serde_json::Value| {
+        let mut options = json!({ "type": "fuse", "id": "e", "node-name": "n", "mountpoint": "/mnt/disk" });
+        options.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        if let Some(fd) = fd {
+            daemon.ok_with("getfd", json!({ "fdname": "f" }), fd);
+            options["fd"] = json!("f");
+        }
+        daemon.error("block-export-add", options)
+    };
+    assert_eq!(
+        refused(None, json!({})),
+        "Could not mount '/mnt/disk': this daemon mounts nothing; mount a /dev/fuse that is open with O_NONBLOCK, pass it with \
+         getfd and give its name as 'fd'"
+    );
+    assert_eq!(
+        refused(Some(File::open("/dev/null").unwrap()), json!({})),
+        "The descriptor 'f' is not an open /dev/fuse"
+    );
+    assert_eq!(refused(None, json!({ "fd": "g" })), "File descriptor named 'g' has not been found");
+    assert_eq!(
+        refused(None, json!({ "fd": "g", "allow-other": "maybe" })),
+        "Parameter 'allow-other' does not accept value 'maybe'"
+    );
+    assert_eq!(refused(None, json!({ "fd": "g", "growable": true })), "'growable' needs 'writable'");
+    let fuse = |flags: OFlags| {
+        OpenOptions::new().read(true).write(true).custom_flags(flags.bits().cast_signed()).open("/dev/fuse").ok()
+    };
+    let (Some(blocking), Some(loose)) = (fuse(OFlags::empty()), fuse(OFlags::NONBLOCK)) else {
+        return eprintln!("skipped: the_daemon_says_what_it_must_be_passed: no /dev/fuse");
+    };
+    assert!(refused(Some(blocking), json!({})).contains("set O_NONBLOCK on it"));
+    assert_eq!(refused(Some(loose), json!({})), "The descriptor 'f' is not mounted");
+    // The node is free, and the daemon as good as before.
+    daemon.ok("blockdev-del", json!({ "node-name": "n" }));
+}
+
+#[test]
+fn an_export_in_use_goes_only_hard_and_unmounting_ends_it() {
+    if !can_mount("an_export_in_use_goes_only_hard_and_unmounting_ends_it") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let path = scratch.path("disk");
+    fs::write(&path, "").unwrap();
+    let mut daemon = TestDaemon::start();
+    daemon.add_node("n", "raw", memory(&[7; 4096]), false);
+    let add = |daemon: &mut TestDaemon| {
+        let mount = Mount::make(&program(), &path, true, AllowOther::Off).unwrap();
+        daemon.ok_with("getfd", json!({ "fdname": "f" }), mount.device());
+        let export = json!({ "type": "fuse", "id": "e", "node-name": "n", "fd": "f", "mountpoint": "/mnt/disk" });
+        daemon.ok("block-export-add", export);
+        mount.attach().unwrap()
+    };
+    let attached = add(&mut daemon);
+    let file = File::open(&path).unwrap();
+    assert_eq!(daemon.error("block-export-del", json!({ "id": "e" })), "export 'e' still in use");
+    assert_eq!(daemon.error("blockdev-del", json!({ "node-name": "n" })), "Node n is in use");
+    daemon.ok("block-export-del", json!({ "id": "e", "mode": "hard" }));
+    while !daemon.ok("query-block-exports", json!({})).as_array().unwrap().is_empty() {}
+    assert_eq!(Errno::from_io_error(&file.metadata().unwrap_err()), Some(Errno::NOTCONN));
+    drop(attached);
+    let attached = add(&mut daemon);
+    assert_eq!(fs::read(&path).unwrap(), [7; 4096]);
+    drop(attached);
+    while !daemon.ok("query-block-exports", json!({})).as_array().unwrap().is_empty() {}
+    daemon.ok("blockdev-del", json!({ "node-name": "n" }));
+    let open = daemon.open_fds();
+    assert!(!open.iter().any(|fd| fd.contains("fuse")), "{open:?}");
+}
+
+#[test]
+fn a_user_without_rights_mounts_through_fusermount() {
+    let test = "a_user_without_rights_mounts_through_fusermount";
+    if !can_mount(test) || !judges(test, &["fusermount3", "setpriv", "unshare", "mknod"]) {
+        return;
+    }
+    use std::os::unix::fs::PermissionsExt;
+    let scratch = Scratch::new();
+    fs::set_permissions(scratch.path("."), fs::Permissions::from_mode(0o777)).unwrap();
+    fs::copy(DOORLESS, scratch.path("doorless")).unwrap();
+    // A device of their own, as udev would give it to everybody, in a namespace of their own.
+    let user = "head -c 65536 /dev/urandom > image && touch disk
+        ./doorless serve --format raw image --fuse disk > log 2>&1 & P=$!
+        until grep -q ready: log; do kill -0 $P || { cat log; exit 3; }; done
+        cmp image disk && grep -c ' fuse.doorless ' /proc/self/mountinfo && kill -INT $P && wait $P || exit 4
+        ! grep ' fuse.doorless ' /proc/self/mountinfo";
+    let root = format!(
+        "cd {} && mknod fuse c 10 229 && chmod 666 fuse && mount --bind fuse /dev/fuse &&
+         exec setpriv --reuid=65534 --regid=65534 --clear-groups bash -c \"$USER_SCRIPT\"",
+        text(&scratch.path("."))
+    );
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "bash", "-c", &root]).env("USER_SCRIPT", user);
+    let output = command.output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "{}: {}", output.status, String::from_utf8_lossy(&said));
+}
