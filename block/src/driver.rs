@@ -193,6 +193,8 @@ pub enum Target<'a> {
     },
     /// They read as zeroes and take no room.
     Zero,
+    /// Neither this layer nor one below it has anything stored there: they read as zeroes.
+    Absent,
     /// They must be computed: [`Driver::read_computed`].
     Computed,
 }
@@ -401,6 +403,11 @@ pub trait Driver: Send + Sync {
     /// Smallest unit of requests in bytes that the layer below takes without read-modify-write: a power of two.
     fn block_size(&self) -> u32 {
         1
+    }
+
+    /// Whether it is no layer of its own, and shows what its child stores: `raw`.
+    fn passes_on(&self) -> bool {
+        false
     }
 
     /// Facts about the image.

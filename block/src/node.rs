@@ -50,7 +50,7 @@ pub struct Extent {
     pub len: u64,
     /// What is there.
     pub kind: ExtentKind,
-    /// How many layers down the answer was found: 0 is this node.
+    /// Which layer has it stored: 1 is this one, 2 its backing file; 0 is none. Past the end of a short layer that one has it.
     pub depth: u32,
 }
 
@@ -167,7 +167,7 @@ impl BlockNode {
                 Target::Data { node, offset: at } | Target::Child { node, offset: at } => {
                     node.read_or_zero(piece, at, wait)?;
                 }
-                Target::Zero => piece.fill(0),
+                Target::Zero | Target::Absent => piece.fill(0),
                 Target::Computed if wait == Wait::Never => return Err(io::ErrorKind::WouldBlock.into()),
                 Target::Computed => self.driver.read_computed(piece, offset)?,
             }
@@ -227,7 +227,7 @@ impl BlockNode {
                     self.driver.write_computed(piece, offset)?;
                     flush |= durable;
                 }
-                Target::Zero => return Err(Errno::IO.into()),
+                Target::Zero | Target::Absent => return Err(Errno::IO.into()),
             }
             prepared.commit()?;
             flush |= durable && !in_place;
@@ -362,17 +362,21 @@ impl BlockNode {
         }
         let ask = Ask { detail: Detail::Allocation, wait: Wait::Allowed };
         let Mapping { target, len, hold: _hold } = self.driver.map(offset, len, ask)?;
-        let extent = |kind| Ok(Extent { len, kind, depth: 0 });
+        let extent = |kind, depth| Ok(Extent { len, kind, depth });
         match target {
-            Target::Fd { .. } | Target::Data { .. } | Target::Computed => extent(ExtentKind::Data),
-            Target::Zero => extent(ExtentKind::Zero),
-            Target::Child { node, offset: at } => match node.len().saturating_sub(at) {
-                0 => extent(ExtentKind::Zero),
-                there => {
-                    let below = node.status(at, len.min(there))?;
-                    Ok(Extent { depth: below.depth + 1, ..below })
+            Target::Fd { .. } | Target::Data { .. } | Target::Computed => extent(ExtentKind::Data, 1),
+            Target::Zero => extent(ExtentKind::Zero, 1),
+            Target::Absent => extent(ExtentKind::Zero, 0),
+            Target::Child { node, offset: at } => {
+                let down = u32::from(!self.driver.passes_on());
+                match node.len().saturating_sub(at) {
+                    0 => extent(ExtentKind::Zero, 1 + down),
+                    there => {
+                        let below = node.status(at, len.min(there))?;
+                        Ok(Extent { depth: if below.depth == 0 { 0 } else { below.depth + down }, ..below })
+                    }
                 }
-            },
+            }
         }
     }
 

@@ -99,6 +99,10 @@ impl Driver for Raw {
         self.file.block_size()
     }
 
+    fn passes_on(&self) -> bool {
+        true
+    }
+
     fn info(&self) -> Info {
         Info { allocated_size: self.file.info().allocated_size, ..Info::default() }
     }

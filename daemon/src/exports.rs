@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use block::Claim;
+use export::nbd::tls::Tls;
 use export::nbd::{Limits, Server, Settings};
 use export::{Running, Workers};
 use qmp::Error;
@@ -56,16 +57,16 @@ impl Exports {
         self.nbd.is_some()
     }
 
-    /// Serves NBD on a listening socket.
+    /// Serves NBD on a listening socket, with `tls` only to clients that begin it.
     ///
     /// # Errors
     /// The descriptor is no listening stream socket, or there is no thread for it.
-    pub fn start_nbd(&mut self, listener: OwnedFd, limits: Limits) -> Result<(), Error> {
+    pub fn start_nbd(&mut self, listener: OwnedFd, limits: Limits, tls: Option<Tls>) -> Result<(), Error> {
         if !rustix::net::sockopt::socket_acceptconn(&listener).unwrap_or(false) {
             return Err(Error::generic("The passed descriptor is not a listening socket"));
         }
         let wake = Arc::clone(&self.wake);
-        let server = Server::start(listener, limits, self.workers.clone(), move || wake.up())
+        let server = Server::start(listener, limits, tls, self.workers.clone(), move || wake.up())
             .map_err(|e| Error::generic(format!("Could not start the NBD server: {e}")))?;
         self.nbd = Some(server);
         Ok(())

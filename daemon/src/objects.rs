@@ -2,19 +2,27 @@
 //! Objects that other commands refer to by id (QEMU's `object-add`).
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use export::nbd::tls::{Authorization, Credentials};
 use qmp::Error;
 
+use crate::authz::Authz;
+
 /// An object.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Object {
+    /// Who may come in.
+    Authz(Authz),
     /// An iothread. Clients that want one get what they want: every connection has a thread of its own.
     IoThread,
+    /// What a TLS server proves itself with.
+    TlsCreds(Credentials),
 }
 
-/// All objects by id.
+/// All objects by id. Servers look rules up at the time of use, on threads of their own.
 #[derive(Debug, Default)]
-pub struct Objects(BTreeMap<String, Object>);
+pub struct Objects(Arc<Mutex<BTreeMap<String, Object>>>);
 
 impl Objects {
     /// Adds one.
@@ -25,25 +33,36 @@ impl Objects {
         if !block::id_is_well_formed(id) {
             return Err(Error::invalid_value("id", "an identifier"));
         }
-        if self.0.contains_key(id) {
+        let mut objects = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if objects.contains_key(id) {
             return Err(Error::generic(format!(
                 "attempt to add duplicate property '{id}' to object (type 'container')"
             )));
         }
-        self.0.insert(id.to_owned(), object);
+        objects.insert(id.to_owned(), object);
         Ok(())
     }
 
-    /// Removes one.
+    /// Removes one. Servers that were started with it go on.
     ///
     /// # Errors
     /// There is none of that id.
     pub fn remove(&mut self, id: &str) -> Result<(), Error> {
-        self.0.remove(id).map(drop).ok_or_else(|| Error::generic(format!("object '{id}' not found")))
+        let removed = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        removed.map(drop).ok_or_else(|| Error::generic(format!("object '{id}' not found")))
     }
 
     /// The object called `id`.
     pub fn get(&self, id: &str) -> Option<Object> {
-        self.0.get(id).copied()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
+    /// What the rule called `id` says whenever it is asked; while there is none of that id, nobody may come in.
+    pub fn authorization(&self, id: &str) -> Authorization {
+        let (objects, id) = (Arc::clone(&self.0), id.to_owned());
+        Arc::new(move |identity| match objects.lock().unwrap_or_else(PoisonError::into_inner).get(&id) {
+            Some(Object::Authz(authz)) => authz.allows(identity),
+            _ => false,
+        })
     }
 }

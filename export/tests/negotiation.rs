@@ -39,7 +39,7 @@ fn export_name_is_answered_with_and_without_padding() {
         let mut answer = vec![0; answer_len];
         socket.read_exact(&mut answer).unwrap();
         assert_eq!(u64::from_be_bytes(proto::field(&answer, 0)), 1 << 20);
-        let mut client = Client { socket, size: 0, flags: 0 };
+        let mut client = Client { socket, size: 0, flags: 0, extended: false };
         assert_eq!(client.call(0, READ, 0, 512, &[]).data, pattern(0, 512));
     }
 }
@@ -133,7 +133,7 @@ fn clients_over_the_limit_wait_until_one_leaves() {
     assert_eq!((&third).read(&mut [0; 1]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
     drop(first);
     third.set_nonblocking(false).unwrap();
-    assert_eq!(Client::negotiate(third, false).call(0, READ, 0, 512, &[]).error, 0);
+    assert_eq!(Client::negotiate(third, None).call(0, READ, 0, 512, &[]).error, 0);
     drop(second);
 }
 

@@ -9,7 +9,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex};
 
-use block::{Ask, Driver, Mapping, Prepared, Target, Wait, ZeroFlags};
+use block::{Ask, Detail, Driver, Mapping, Prepared, Target, Wait, ZeroFlags};
 use client::{CACHE, DISCONNECT, FLUSH, Fixture, READ, STATUS, TRIM, WRITE, ZEROES, is_closed, pattern, request};
 use export::nbd::proto::{EINVAL, ENOSPC, EPERM, cmd_flag};
 
@@ -18,7 +18,7 @@ const MIB: u64 = 1 << 20;
 #[test]
 fn reads_of_every_size_return_the_bytes() {
     let fixture = Fixture::raw(34 * MIB, false);
-    for mut client in [fixture.client(), fixture.structured_client()] {
+    for mut client in [fixture.client(), fixture.structured_client(), fixture.extended_client()] {
         for (offset, len) in [(0, 1), (511, 2), (4096, 4096), (5, 256 << 10), (MIB, 2 << 20), (MIB, 32 << 20)] {
             let reply = client.call(0, READ, offset, len, &[]);
             assert_eq!(reply.error, 0);
@@ -106,7 +106,7 @@ fn out_of_range_and_forbidden_requests_get_exact_errors_and_the_session_goes_on(
 #[test]
 fn empty_requests_succeed_and_touch_nothing() {
     let fixture = Fixture::raw(MIB, true);
-    for mut client in [fixture.client(), fixture.structured_client()] {
+    for mut client in [fixture.client(), fixture.structured_client(), fixture.extended_client()] {
         for command in [READ, WRITE, TRIM, ZEROES, CACHE, FLUSH] {
             let reply = client.call(0, command, 0, 0, &[]);
             assert_eq!((reply.error, reply.data), (0, vec![]), "command {command}");
@@ -219,7 +219,9 @@ impl Driver for Slow {
             let (ready, wake) = &*self.0;
             drop(wake.wait_while(ready.lock().unwrap(), |ready| !*ready).unwrap());
         }
-        Ok(Mapping::fixed(Target::Zero, len))
+        // To block status it is data: zeroes have to be written.
+        let target = if ask.detail == Detail::Allocation { Target::Computed } else { Target::Zero };
+        Ok(Mapping::fixed(target, len))
     }
 
     fn prepare_write(&self, _: u64, _: u64) -> io::Result<Prepared<'_>> {

@@ -140,7 +140,7 @@ impl FdSets {
     /// [`Error::NoSuchSet`]; [`Error::NoMatch`]; [`Error::Dup`] with `EINVAL` if the match was opened with other `O_SYNC` or
     /// `O_DSYNC` bits, with `EMFILE` if the process has no number left.
     pub fn open(&self, id: i64, access: Access) -> Result<Dup, Error> {
-        self.open_as(id, access, None)
+        self.open_as(id, access, None, None)
     }
 
     /// [`open`](FdSets::open), saying who will use the dup: listings show it.
@@ -148,12 +148,21 @@ impl FdSets {
     /// # Errors
     /// Those of `open`.
     pub fn open_for(&self, id: i64, access: Access, user: &str) -> Result<Dup, Error> {
-        self.open_as(id, access, Some(user.into()))
+        self.open_as(id, access, None, Some(user.into()))
     }
 
-    fn open_as(&self, id: i64, access: Access, user: Option<Box<str>>) -> Result<Dup, Error> {
+    /// [`open_for`](FdSets::open_for) among the descriptors whose opaque text is `opaque` alone. So a set can stand for a
+    /// directory, with the text as the name in it.
+    ///
+    /// # Errors
+    /// Those of `open`.
+    pub fn open_named(&self, id: i64, opaque: &str, access: Access, user: &str) -> Result<Dup, Error> {
+        self.open_as(id, access, Some(opaque), Some(user.into()))
+    }
+
+    fn open_as(&self, id: i64, access: Access, opaque: Option<&str>, user: Option<Box<str>>) -> Result<Dup, Error> {
         let mut state = self.shared.lock();
-        let found = state.find(id, access)?;
+        let found = state.find(id, access, opaque)?;
         let refused = |source| Error::Dup { id, fd: found.number, access, rights: found.rights, source };
         if !access.agrees_on_sync(found.rights) {
             return Err(refused(rustix::io::Errno::INVAL.into()));

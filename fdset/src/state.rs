@@ -121,11 +121,18 @@ impl State {
         Ok(self.take_out(id, &numbers))
     }
 
-    /// The newest descriptor of a set that `access` matches.
-    pub(crate) fn find(&self, id: i64, access: Access) -> Result<Found<'_>, Error> {
+    /// The newest descriptor of a set that `access` matches, among those with this opaque text if one is given.
+    pub(crate) fn find(&self, id: i64, access: Access, opaque: Option<&str>) -> Result<Found<'_>, Error> {
         let set = self.sets.get(&id).ok_or_else(|| Error::NoSuchSet { id, sets: self.seen() })?;
         // The mode is fixed for good, so the kernel is asked for the flags of fitting descriptors only.
-        let fitting = self.table.newest_first(&set.fds).filter(|descriptor| descriptor.rights.mode() == access.mode());
+        let named = |descriptor: &Descriptor| {
+            opaque.is_none()
+                || self.table.about(descriptor.number()).is_some_and(|about| about.opaque.as_deref() == opaque)
+        };
+        let fitting = self
+            .table
+            .newest_first(&set.fds)
+            .filter(|descriptor| descriptor.rights.mode() == access.mode() && named(descriptor));
         for descriptor in fitting {
             let rights = descriptor.rights_now();
             if access.matches(rights) {

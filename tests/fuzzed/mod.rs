@@ -139,9 +139,9 @@ fn talk(pieces: &[&[u8]]) {
         let path = directory.join("nbd");
         let listener = UnixListener::bind(&path).unwrap();
         let limits = Limits { connections: 4, ..Limits::default() };
-        let server = Server::start(listener.into(), limits, Workers::new(), || ()).unwrap();
+        let server = Server::start(listener.into(), limits, None, Workers::new(), || ()).unwrap();
         let node = node(&mut Graph::new(), "file", Some(memory(&[7; 1 << 20])), &[], true).unwrap();
-        server.add(Settings { name: String::new(), description: None, node, writable: true }).unwrap();
+        server.add(Settings { writable: true, ..Settings::new("", node) }).unwrap();
         Mutex::new((server, path))
     });
     let server = server.lock().unwrap_or_else(PoisonError::into_inner);

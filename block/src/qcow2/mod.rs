@@ -223,7 +223,7 @@ impl Driver for Qcow2 {
         let target = match kind {
             Kind::Unallocated => match &self.backing {
                 Some(node) => Target::Child { node, offset },
-                None => Target::Zero,
+                None => Target::Absent,
             },
             Kind::Zero => Target::Zero,
             Kind::Stored(cluster) => {

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use block::{BlockNode, Use, User};
 use export::fuse::{self, StartError};
-use export::nbd::Settings;
 use export::nbd::proto::MAX_STRING;
-use qmp::{Arguments, Call, Command, Definition, Error, Event, Member, Type};
+use export::nbd::{Bitmap, Settings};
+use qmp::{Arguments, Call, Command, Definition, Error, Event, Member, PendingFds, Type};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{block_error, words};
 use crate::state::Daemon;
@@ -34,7 +34,11 @@ pub fn types() -> Vec<Definition> {
                 ),
                 Member::required("node-name", Type::Str, "The node."),
                 Member::optional("writable", Type::Bool, "Whether clients may write; default false."),
-                Member::optional("writethrough", Type::Bool, "Not supported: must be false."),
+                Member::optional(
+                    "writethrough",
+                    Type::Bool,
+                    "Whether every change is on stable storage before it is answered; over NBD alone.",
+                ),
             ],
             "type",
             [("nbd", Type::Named("BlockExportOptionsNbd")), ("fuse", Type::Named("BlockExportOptionsFuse"))],
@@ -49,6 +53,16 @@ pub fn types() -> Vec<Definition> {
                     "What clients ask for, at most 4096 bytes; default the node's name.",
                 ),
                 Member::optional("description", Type::Str, "Free text for clients, at most 4096 bytes."),
+                Member::optional(
+                    "bitmaps",
+                    Type::Array(&Type::Named("BlockDirtyBitmapOrStr")),
+                    "Dirty bitmaps that clients may read, as `qemu:dirty-bitmap:NAME`.",
+                ),
+                Member::optional(
+                    "allocation-depth",
+                    Type::Bool,
+                    "Whether clients may learn how many layers down data is stored, as `qemu:allocation-depth`; default false.",
+                ),
             ],
             "An NBD export.",
         ),
@@ -81,6 +95,16 @@ pub fn types() -> Vec<Definition> {
                 Member::optional("gid", Type::Uint32, "The file's group; default 0."),
             ],
             "A file in the host's tree.",
+        ),
+        Definition::structure(
+            "BlockDirtyBitmap",
+            [Member::required("node", Type::Str, "The node."), Member::required("name", Type::Str, "The bitmap.")],
+            "A dirty bitmap of a node.",
+        ),
+        Definition::alternate(
+            "BlockDirtyBitmapOrStr",
+            [Type::Str, Type::Named("BlockDirtyBitmap")],
+            "A dirty bitmap: of the node itself or one below it, or of the node that is named.",
         ),
         Definition::structure(
             "BlockExportInfo",
@@ -136,6 +160,9 @@ struct Add {
     writethrough: Option<bool>,
     name: Option<String>,
     description: Option<String>,
+    #[serde(default)]
+    bitmaps: Vec<Value>,
+    allocation_depth: Option<bool>,
     #[serde(flatten)]
     fuse: Fuse,
 }
@@ -156,7 +183,19 @@ struct Fuse {
 }
 
 fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
-    let Add { r#type, id, node_name, iothread, writable, writethrough, name, description, fuse } = call.parse()?;
+    let Add {
+        r#type,
+        id,
+        node_name,
+        iothread,
+        writable,
+        writethrough,
+        name,
+        description,
+        bitmaps,
+        allocation_depth,
+        fuse,
+    } = call.parse()?;
     let writable = writable.unwrap_or(false);
     if !block::id_is_well_formed(&id) {
         return Err(Error::generic("Invalid block export id"));
@@ -167,9 +206,6 @@ fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     if let Some(name) = iothread.filter(|name| daemon.objects.get(name).is_none()) {
         return Err(Error::generic(format!("iothread \"{name}\" not found")));
     }
-    if writethrough == Some(true) {
-        return Err(Error::generic("'writethrough' is not supported by this version; leave it out"));
-    }
     let node = daemon
         .graph
         .get(&node_name)
@@ -179,6 +215,9 @@ fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
         return Err(Error::generic("Cannot export read-only node as writable"));
     }
     if r#type == "fuse" {
+        if writethrough == Some(true) {
+            return Err(Error::generic("'writethrough' is not supported for FUSE by this version; leave it out"));
+        }
         return add_fuse(daemon, id, node, writable, fuse);
     }
     let name = name.unwrap_or_else(|| node_name.clone());
@@ -192,8 +231,16 @@ fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     if !daemon.exports.nbd_is_running() {
         return Err(Error::generic("NBD server not running"));
     }
+    let bitmaps = bitmaps.iter().map(bitmap).collect::<Result<_, _>>()?;
     let claim = daemon.graph.claim(&node_name, usage).map_err(block_error)?;
-    let settings = Settings { name, description, node, writable };
+    let settings = Settings {
+        description,
+        writable,
+        writethrough: writethrough.unwrap_or(false),
+        allocation_depth: allocation_depth.unwrap_or(false),
+        bitmaps,
+        ..Settings::new(name, node)
+    };
     if let Err((error, claim)) = daemon.exports.add_nbd(id, settings, claim) {
         daemon.graph.release(claim);
         return Err(error);
@@ -234,6 +281,42 @@ fn add_fuse(
             }));
         }
     }
+    Ok(Value::Null)
+}
+
+/// The content of a dirty bitmap. No node has any: what is asked for is not there.
+fn bitmap(bitmap: &Value) -> Result<Bitmap, Error> {
+    let name = bitmap.as_str().or_else(|| bitmap["name"].as_str()).unwrap_or_default();
+    Err(Error::generic(format!("Bitmap '{name}' is not found")))
+}
+
+/// `nbd-server-add`: as QEMU does, what cannot be written is exported read-only.
+pub fn add_by_name(daemon: &mut Daemon, call: Call<'_>) -> Result<Value, Error> {
+    let given = call.into_arguments();
+    let device = given.get("device").cloned().unwrap_or_default();
+    let name = given.get("name").cloned().unwrap_or_else(|| device.clone());
+    let can_be_written = daemon.graph.get(device.as_str().unwrap_or_default()).is_ok_and(|node| node.writable());
+    let mut arguments = Map::from_iter([
+        ("type".to_owned(), "nbd".into()),
+        ("id".to_owned(), name.clone()),
+        ("node-name".to_owned(), device),
+        ("name".to_owned(), name),
+        ("writable".to_owned(), (can_be_written && given.get("writable") == Some(&Value::Bool(true))).into()),
+    ]);
+    if let Some(description) = given.get("description") {
+        arguments.insert("description".to_owned(), description.clone());
+    }
+    if let Some(bitmap) = given.get("bitmap") {
+        arguments.insert("bitmaps".to_owned(), json!([bitmap]));
+    }
+    add(daemon, Call::new(arguments, &mut PendingFds::default()))
+}
+
+/// `nbd-server-remove`.
+pub fn delete_by_name(daemon: &mut Daemon, call: Call<'_>) -> Result<Value, Error> {
+    let text = |key: &str| call.arguments().get(key).and_then(Value::as_str);
+    daemon.exports.remove(text("name").unwrap_or_default(), text("mode") == Some("hard"))?;
+    daemon.reap_exports();
     Ok(Value::Null)
 }
 

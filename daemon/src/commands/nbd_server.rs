@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `nbd-server-start`, `nbd-server-stop`.
+//! `nbd-server-start`, `nbd-server-stop`, and the old commands for its exports, `nbd-server-add` and `nbd-server-remove`.
 
 use std::time::Duration;
 
 use export::nbd::Limits;
+use export::nbd::tls::Tls;
 use qmp::{Arguments, Call, Command, Definition, Error, Member, Type};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::export::{add_by_name, delete_by_name};
 use super::words;
+use crate::objects::Object;
 use crate::state::Daemon;
 
 pub fn types() -> Vec<Definition> {
@@ -75,8 +78,17 @@ pub fn commands() -> Vec<Command<Daemon>> {
                     Type::Uint32,
                     "How long a client may negotiate, seconds; default 10, 0 is no limit.",
                 ),
-                Member::optional("tls-creds", Type::Str, "Not supported."),
-                Member::optional("tls-authz", Type::Str, "Not supported."),
+                Member::optional(
+                    "tls-creds",
+                    Type::Str,
+                    "A `tls-creds-x509` object: clients must begin TLS before anything else.",
+                ),
+                Member::optional(
+                    "tls-authz",
+                    Type::Str,
+                    "An `authz-...` object, looked up whenever a client comes: it must allow the distinguished name of the \
+                     client's certificate.",
+                ),
                 Member::optional("max-connections", Type::Uint32, "Most clients at once; default 100, 0 is no limit."),
             ],
             start,
@@ -87,6 +99,45 @@ pub fn commands() -> Vec<Command<Daemon>> {
             Arguments::NONE,
             stop,
         ),
+        Command {
+            features: &["deprecated"],
+            ..Command::new(
+                "nbd-server-add",
+                "Exports a node over NBD; `block-export-add` does more.",
+                [
+                    Member::required("device", Type::Str, "The node."),
+                    Member::optional(
+                        "name",
+                        Type::Str,
+                        "What clients ask for, and the export's id; default the node's name.",
+                    ),
+                    Member::optional("description", Type::Str, "Free text for clients, at most 4096 bytes."),
+                    Member::optional(
+                        "writable",
+                        Type::Bool,
+                        "Whether clients may write, if the node can be written; default false.",
+                    ),
+                    Member::optional("bitmap", Type::Str, "A dirty bitmap that clients may read."),
+                ],
+                add_by_name,
+            )
+        },
+        Command {
+            features: &["deprecated"],
+            ..Command::new(
+                "nbd-server-remove",
+                "Removes an export that `nbd-server-add` made.",
+                [
+                    Member::required("name", Type::Str, "The export."),
+                    Member::optional(
+                        "mode",
+                        Type::Named("BlockExportRemoveMode"),
+                        "`safe`, the default, refuses while clients are connected.",
+                    ),
+                ],
+                delete_by_name,
+            )
+        },
     ]
 }
 
@@ -105,9 +156,7 @@ fn start(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     if daemon.exports.nbd_is_running() {
         return Err(Error::generic("NBD server already running"));
     }
-    if tls_creds.is_some() || tls_authz.is_some() {
-        return Err(Error::generic("TLS is not supported by this version; leave out 'tls-creds' and 'tls-authz'"));
-    }
+    let tls = tls(daemon, tls_creds.as_deref(), tls_authz.as_deref())?;
     let kind = addr["type"].as_str().unwrap_or_default();
     if kind != "fd" {
         return Err(Error::generic(format!(
@@ -121,8 +170,30 @@ fn start(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
         connections: max_connections.map_or(defaults.connections, |most| most as usize),
         handshake: handshake_max_seconds.map_or(defaults.handshake, |seconds| Duration::from_secs(seconds.into())),
     };
-    daemon.exports.start_nbd(listener, limits)?;
+    daemon.exports.start_nbd(listener, limits, tls)?;
     Ok(Value::Null)
+}
+
+/// What TLS the arguments ask for.
+fn tls(daemon: &Daemon, creds: Option<&str>, authz: Option<&str>) -> Result<Option<Tls>, Error> {
+    let Some(id) = creds else {
+        return match authz {
+            Some(_) => Err(Error::generic("'tls-authz' is of no use without 'tls-creds'")),
+            None => Ok(None),
+        };
+    };
+    let credentials = match daemon.objects.get(id) {
+        Some(Object::TlsCreds(credentials)) => credentials,
+        Some(_) => return Err(Error::generic(format!("Object with id '{id}' is not TLS credentials"))),
+        None => return Err(Error::generic(format!("No TLS credentials with id '{id}'"))),
+    };
+    if authz.is_some() && !credentials.verifies_peer() {
+        return Err(Error::generic(format!(
+            "'tls-authz' goes by clients' certificates, and with verify-peer off '{id}' asks for none"
+        )));
+    }
+    let authorization = authz.map(|authz| daemon.objects.authorization(authz));
+    Ok(Some(Tls { credentials, authorization }))
 }
 
 fn stop(daemon: &mut Daemon, _: Call<'_>) -> Result<Value, Error> {

@@ -6,7 +6,7 @@
 
 use std::io;
 
-use super::stream::Stream;
+use super::channel::Channel;
 
 /// Room for one batch of requests, or for a payload that is written in one piece, bytes.
 pub const INBOX: usize = (1 << 20) + (64 << 10);
@@ -45,14 +45,14 @@ impl Inbox {
 
     /// Receives more, making room so that `wanted` bytes from the start fit ([`INBOX`] at most). Returns the bytes that came;
     /// 0 is the end of the stream.
-    pub fn receive(&mut self, stream: &Stream, wanted: usize, wait: bool) -> io::Result<usize> {
+    pub fn receive(&mut self, channel: &mut Channel, wanted: usize, wait: bool) -> io::Result<usize> {
         if self.start + wanted > self.buf.len() || self.end == self.buf.len() {
             self.buf.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
         }
         let most = self.buf.len().min(self.end + RECEIVE);
-        let came = stream.receive(&mut self.buf[self.end..most], wait)?;
+        let came = channel.receive(&mut self.buf[self.end..most], wait)?;
         self.end += came;
         Ok(came)
     }
@@ -74,33 +74,33 @@ impl Outbox {
 
     /// Room for `count` bytes (at most [`Outbox::MOST`] and a header); what is there leaves first if it must.
     /// Nothing of it counts before [`Outbox::commit`].
-    pub fn reserve(&mut self, count: usize, stream: &Stream) -> io::Result<&mut [u8]> {
+    pub fn reserve(&mut self, count: usize, channel: &mut Channel) -> io::Result<&mut [u8]> {
         if self.filled + count > self.buf.len() {
-            self.send(stream)?;
+            self.send(channel)?;
         }
         Ok(&mut self.buf[self.filled..self.filled + count])
     }
 
     /// Adds the first `count` reserved bytes to what will be sent.
-    pub fn commit(&mut self, count: usize, stream: &Stream) -> io::Result<()> {
+    pub fn commit(&mut self, count: usize, channel: &mut Channel) -> io::Result<()> {
         self.filled += count;
-        if self.filled >= SEND_AT { self.send(stream) } else { Ok(()) }
+        if self.filled >= SEND_AT { self.send(channel) } else { Ok(()) }
     }
 
     /// Adds bytes of any length.
-    pub fn push(&mut self, bytes: &[u8], stream: &Stream) -> io::Result<()> {
+    pub fn push(&mut self, bytes: &[u8], channel: &mut Channel) -> io::Result<()> {
         if bytes.len() > Outbox::MOST {
-            self.send(stream)?;
-            return stream.write_all(bytes, None);
+            self.send(channel)?;
+            return channel.write_all(bytes, None);
         }
-        self.reserve(bytes.len(), stream)?.copy_from_slice(bytes);
-        self.commit(bytes.len(), stream)
+        self.reserve(bytes.len(), channel)?.copy_from_slice(bytes);
+        self.commit(bytes.len(), channel)
     }
 
     /// Sends what has gathered.
-    pub fn send(&mut self, stream: &Stream) -> io::Result<()> {
+    pub fn send(&mut self, channel: &mut Channel) -> io::Result<()> {
         if self.filled > 0 {
-            stream.write_all(&self.buf[..self.filled], None)?;
+            channel.write_all(&self.buf[..self.filled], None)?;
             self.filled = 0;
         }
         Ok(())

@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use block::BlockNode;
 use block::stats::Stats;
 
+use super::context::Bitmap;
 use super::proto::flag;
+use super::reply::Style;
 use super::stream::Stream;
 use crate::meter::Meter;
 use crate::running::{ClientShown, Running};
@@ -23,6 +25,27 @@ pub struct Settings {
     pub node: Arc<BlockNode>,
     /// Whether clients may change it; the node is then writable too.
     pub writable: bool,
+    /// Whether every change is on stable storage before it is answered.
+    pub writethrough: bool,
+    /// Whether clients may learn how many layers down data is stored.
+    pub allocation_depth: bool,
+    /// Bitmaps that clients may read.
+    pub bitmaps: Vec<Bitmap>,
+}
+
+impl Settings {
+    /// A read-only export of `node`, without anything that needs asking for.
+    pub fn new(name: impl Into<String>, node: Arc<BlockNode>) -> Settings {
+        Settings {
+            name: name.into(),
+            description: None,
+            node,
+            writable: false,
+            writethrough: false,
+            allocation_depth: false,
+            bitmaps: Vec::new(),
+        }
+    }
 }
 
 /// A served node and its clients.
@@ -66,6 +89,21 @@ impl Export {
         self.settings.writable
     }
 
+    /// Whether every change is on stable storage before it is answered.
+    pub fn writethrough(&self) -> bool {
+        self.settings.writethrough
+    }
+
+    /// Whether clients may learn how many layers down data is stored.
+    pub fn tells_depth(&self) -> bool {
+        self.settings.allocation_depth
+    }
+
+    /// Bitmaps that clients may read.
+    pub fn bitmaps(&self) -> &[Bitmap] {
+        &self.settings.bitmaps
+    }
+
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.node().len()
@@ -76,8 +114,8 @@ impl Export {
         self.node().block_size()
     }
 
-    /// Transmission flags. Several connections see each other's writes: they share the node and its host file.
-    pub fn flags(&self, structured: bool) -> u16 {
+    /// Transmission flags for a client with replies in `style`. Several connections see each other's writes: they share the node and its host file.
+    pub fn flags(&self, style: Style) -> u16 {
         let always = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::SEND_CACHE;
         let several = if self.single { 0 } else { flag::CAN_MULTI_CONN };
         let changing = if self.writable() {
@@ -85,7 +123,12 @@ impl Export {
         } else {
             flag::READ_ONLY
         };
-        always | several | changing | if structured { flag::SEND_DF } else { 0 }
+        let negotiated = match style {
+            Style::Simple => 0,
+            Style::Structured => flag::SEND_DF,
+            Style::Extended => flag::SEND_DF | flag::BLOCK_STAT_PAYLOAD,
+        };
+        always | several | changing | negotiated
     }
 
     /// Number of clients in transmission.

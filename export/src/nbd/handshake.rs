@@ -3,12 +3,15 @@
 //! was agreed about it, or to nothing.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
+use super::channel::Channel;
+use super::context::{Chosen, Context};
 use super::export::Export;
 use super::proto::{self, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, MAX_STRING, info, opt, rep};
-use super::stream::Stream;
+use super::reply::Style;
+use super::tls::Tls;
 
 /// Longest option whose payload is looked at, bytes; `SET_META_CONTEXT` with many queries is the largest in honest use.
 const MAX_OPTION: u32 = 64 << 10;
@@ -16,66 +19,75 @@ const MAX_OPTION: u32 = 64 << 10;
 const MAX_SKIPPED: u32 = 32 << 20;
 /// Most queries in one metadata context option.
 const MAX_QUERIES: u32 = 1024;
-/// The one metadata context there is (proto.md, "`base:allocation` metadata context").
-const BASE_ALLOCATION: &str = "base:allocation";
 
 /// What client and server agreed on.
 pub struct Agreed {
     /// The export that was chosen.
     pub export: Arc<Export>,
-    /// Whether replies are structured.
-    pub structured: bool,
-    /// The id of `base:allocation`, if the client asked for block status.
-    pub base_allocation: Option<u32>,
+    /// How requests and replies look.
+    pub style: Style,
+    /// What the client may ask about ranges.
+    pub contexts: Arc<[Chosen]>,
 }
 
-/// The exports that a client may choose from.
+/// What a server has for its clients to choose from.
 pub trait Exports {
     /// The export called `name`, exactly.
     fn named(&self, name: &str) -> Option<Arc<Export>>;
     /// All of them, in order of name.
     fn all(&self) -> Vec<Arc<Export>>;
+    /// The TLS that clients must begin before anything else.
+    fn tls(&self) -> Option<&Tls>;
 }
 
-/// The context id of `base:allocation`: one context, one number.
-const BASE_ALLOCATION_ID: u32 = 1;
-
 struct Negotiation<'a> {
-    stream: &'a Stream,
+    channel: &'a mut Channel,
     exports: &'a dyn Exports,
     deadline: Option<Instant>,
     no_zeroes: bool,
-    structured: bool,
-    /// The export name that contexts were set for: they hold only for that one.
-    base_allocation_for: Option<String>,
+    said: Said,
+}
+
+/// What the client has said so far. All of it is forgotten when TLS begins: anybody on the way could have said it.
+struct Said {
+    style: Style,
+    /// The export that contexts were set for, and the contexts: they hold only for that one.
+    contexts: Option<(Weak<Export>, Arc<[Chosen]>)>,
+}
+
+impl Said {
+    const NOTHING: Said = Said { style: Style::Simple, contexts: None };
 }
 
 /// Negotiates until `deadline`. `None` if the client ended it properly.
 ///
 /// # Errors
 /// A client that breaks the protocol, hangs up or is too slow.
-pub fn negotiate(stream: &Stream, exports: &dyn Exports, deadline: Option<Instant>) -> io::Result<Option<Agreed>> {
+pub fn negotiate(
+    channel: &mut Channel,
+    exports: &dyn Exports,
+    deadline: Option<Instant>,
+) -> io::Result<Option<Agreed>> {
     let mut greeting = [0; 18];
     greeting[0..8].copy_from_slice(&proto::INIT_MAGIC.to_be_bytes());
     greeting[8..16].copy_from_slice(&proto::OPTION_MAGIC.to_be_bytes());
     greeting[16..18].copy_from_slice(&(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES).to_be_bytes());
-    stream.write_all(&greeting, deadline)?;
+    channel.write_all(&greeting, deadline)?;
     let mut flags = [0; 4];
-    stream.read_exact(&mut flags, deadline)?;
+    channel.read_exact(&mut flags, deadline)?;
     let flags = u32::from_be_bytes(flags);
     if flags & !u32::from(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES) != 0 {
         return Err(broken("unknown client flags"));
     }
     let no_zeroes = flags & u32::from(FLAG_NO_ZEROES) != 0;
-    let base_allocation_for = None;
-    Negotiation { stream, exports, deadline, no_zeroes, structured: false, base_allocation_for }.run()
+    Negotiation { channel, exports, deadline, no_zeroes, said: Said::NOTHING }.run()
 }
 
 impl Negotiation<'_> {
     fn run(mut self) -> io::Result<Option<Agreed>> {
         loop {
             let mut header = [0; 16];
-            self.stream.read_exact(&mut header, self.deadline)?;
+            self.channel.read_exact(&mut header, self.deadline)?;
             if u64::from_be_bytes(proto::field(&header, 0)) != proto::OPTION_MAGIC {
                 return Err(broken("bad option magic"));
             }
@@ -91,7 +103,21 @@ impl Negotiation<'_> {
                 continue;
             }
             let mut payload = vec![0; len as usize];
-            self.stream.read_exact(&mut payload, self.deadline)?;
+            self.channel.read_exact(&mut payload, self.deadline)?;
+            if self.exports.tls().is_some() && !self.channel.is_encrypted() {
+                match option {
+                    opt::STARTTLS | opt::ABORT => {}
+                    opt::EXPORT_NAME => return Err(broken("TLS was not begun")),
+                    _ => {
+                        self.refuse(
+                            option,
+                            rep::ERR_TLS_REQD,
+                            "this server requires TLS: begin with NBD_OPT_STARTTLS",
+                        )?;
+                        continue;
+                    }
+                }
+            }
             match option {
                 opt::EXPORT_NAME => return self.export_name(&payload).map(Some),
                 opt::ABORT => {
@@ -105,13 +131,9 @@ impl Negotiation<'_> {
                         return Ok(Some(agreed));
                     }
                 }
-                opt::STRUCTURED_REPLY if payload.is_empty() => {
-                    self.structured = true;
-                    self.reply(option, rep::ACK, &[])?;
-                }
-                opt::STRUCTURED_REPLY => self.refuse(option, rep::ERR_INVALID, "the option takes no data")?,
+                opt::STRUCTURED_REPLY | opt::EXTENDED_HEADERS => self.style(option, &payload)?,
                 opt::LIST_META_CONTEXT | opt::SET_META_CONTEXT => self.meta_context(option, &payload)?,
-                opt::STARTTLS => self.refuse(option, rep::ERR_POLICY, "TLS is not configured on this server")?,
+                opt::STARTTLS => self.start_tls(&payload)?,
                 _ => self.refuse(option, rep::ERR_UNSUP, "unknown option")?,
             }
         }
@@ -119,19 +141,55 @@ impl Negotiation<'_> {
 
     /// proto.md, "`NBD_OPT_EXPORT_NAME`": the old way in, which can only succeed or hang up.
     fn export_name(self, name: &[u8]) -> io::Result<Agreed> {
+        if self.said.style == Style::Extended {
+            return Err(broken("NBD_OPT_EXPORT_NAME after extended headers"));
+        }
         let name = text(name).ok_or_else(|| broken("export name is too long or not UTF-8"))?;
         let export = self.exports.named(name).ok_or_else(|| broken("no such export"))?;
         let mut answer = Vec::with_capacity(134);
         answer.extend(export.size().to_be_bytes());
-        answer.extend(export.flags(self.structured).to_be_bytes());
+        answer.extend(export.flags(self.said.style).to_be_bytes());
         if !self.no_zeroes {
             answer.extend([0; 124]);
         }
-        self.stream.write_all(&answer, self.deadline)?;
+        self.channel.write_all(&answer, self.deadline)?;
         Ok(self.agreed(export))
     }
 
-    fn list(&self, payload: &[u8]) -> io::Result<()> {
+    /// proto.md, "`NBD_OPT_STRUCTURED_REPLY`" and "`NBD_OPT_EXTENDED_HEADERS`", of which the latter includes the former.
+    fn style(&mut self, option: u32, payload: &[u8]) -> io::Result<()> {
+        if !payload.is_empty() {
+            return self.refuse(option, rep::ERR_INVALID, "the option takes no data");
+        }
+        self.said.style = match (self.said.style, option) {
+            (Style::Extended, opt::STRUCTURED_REPLY) => {
+                return self.refuse(option, rep::ERR_EXT_HEADER_REQD, "extended headers already negotiated");
+            }
+            (_, opt::STRUCTURED_REPLY) => Style::Structured,
+            _ => Style::Extended,
+        };
+        self.reply(option, rep::ACK, &[])
+    }
+
+    /// proto.md, "`NBD_OPT_STARTTLS`".
+    fn start_tls(&mut self, payload: &[u8]) -> io::Result<()> {
+        let Some(tls) = self.exports.tls() else {
+            return self.refuse(opt::STARTTLS, rep::ERR_POLICY, "TLS is not configured on this server");
+        };
+        if self.channel.is_encrypted() {
+            return self.refuse(opt::STARTTLS, rep::ERR_INVALID, "TLS has been started already");
+        }
+        if !payload.is_empty() {
+            return self.refuse(opt::STARTTLS, rep::ERR_INVALID, "the option takes no data");
+        }
+        self.reply(opt::STARTTLS, rep::ACK, &[])?;
+        let certificate = self.channel.start_tls(tls.credentials.config(), self.deadline)?;
+        tls.authorize(certificate.as_deref())?;
+        self.said = Said::NOTHING;
+        Ok(())
+    }
+
+    fn list(&mut self, payload: &[u8]) -> io::Result<()> {
         if !payload.is_empty() {
             return self.refuse(opt::LIST, rep::ERR_INVALID, "the option takes no data");
         }
@@ -145,7 +203,7 @@ impl Negotiation<'_> {
     }
 
     /// proto.md, "`NBD_OPT_INFO` and `NBD_OPT_GO`".
-    fn info_or_go(&self, option: u32, payload: &[u8]) -> io::Result<Option<Agreed>> {
+    fn info_or_go(&mut self, option: u32, payload: &[u8]) -> io::Result<Option<Agreed>> {
         let Some((name, wanted)) = info_request(payload) else {
             self.refuse(option, rep::ERR_INVALID, "malformed name or information requests")?;
             return Ok(None);
@@ -174,7 +232,7 @@ impl Negotiation<'_> {
         self.inform(option, info::BLOCK_SIZE, &sizes)?;
         let mut details = Vec::with_capacity(10);
         details.extend(export.size().to_be_bytes());
-        details.extend(export.flags(self.structured).to_be_bytes());
+        details.extend(export.flags(self.said.style).to_be_bytes());
         self.inform(option, info::EXPORT, &details)?;
         self.reply(option, rep::ACK, &[])?;
         Ok((option == opt::GO).then(|| self.agreed(export)))
@@ -182,58 +240,63 @@ impl Negotiation<'_> {
 
     /// proto.md, "Metadata querying": which contexts there are, and which the client wants.
     fn meta_context(&mut self, option: u32, payload: &[u8]) -> io::Result<()> {
-        if !self.structured {
+        if self.said.style == Style::Simple {
             return self.refuse(option, rep::ERR_INVALID, "structured replies must be negotiated first");
         }
-        let setting = option == opt::SET_META_CONTEXT;
-        if setting {
-            self.base_allocation_for = None;
+        let lists = option == opt::LIST_META_CONTEXT;
+        if !lists {
+            self.said.contexts = None;
         }
         let Some((name, queries)) = context_request(payload) else {
             return self.refuse(option, rep::ERR_INVALID, "malformed metadata context queries");
         };
-        if self.exports.named(name).is_none() {
+        let Some(export) = self.exports.named(name) else {
             return self.refuse(option, rep::ERR_UNKNOWN, &format!("export '{}' not present", shown(name)));
+        };
+        let meant: Vec<Chosen> = (1..)
+            .zip(Context::of(&export))
+            .filter(|(_, context)| context.is_meant(&queries, lists))
+            .map(|(id, context)| Chosen { id, context })
+            .collect();
+        for Chosen { id, context } in &meant {
+            let mut answer = if lists { 0 } else { *id }.to_be_bytes().to_vec();
+            answer.extend(context.name().bytes());
+            self.reply(option, rep::META_CONTEXT, &answer)?;
         }
-        let lists_all = !setting && queries.is_empty();
-        let asked = queries.iter().any(|query| *query == BASE_ALLOCATION || (!setting && *query == "base:"));
-        if lists_all || asked {
-            let id = if setting { BASE_ALLOCATION_ID } else { 0 };
-            let mut context = id.to_be_bytes().to_vec();
-            context.extend(BASE_ALLOCATION.bytes());
-            self.reply(option, rep::META_CONTEXT, &context)?;
-            if setting {
-                self.base_allocation_for = Some(name.to_owned());
-            }
+        if !lists {
+            self.said.contexts = Some((Arc::downgrade(&export), meant.into()));
         }
         self.reply(option, rep::ACK, &[])
     }
 
     fn agreed(&self, export: Arc<Export>) -> Agreed {
-        let set = self.base_allocation_for.as_deref() == Some(export.name());
-        Agreed { export, structured: self.structured, base_allocation: set.then_some(BASE_ALLOCATION_ID) }
+        let contexts = match &self.said.contexts {
+            Some((of, contexts)) if of.as_ptr() == Arc::as_ptr(&export) => Arc::clone(contexts),
+            _ => Arc::default(),
+        };
+        Agreed { export, style: self.said.style, contexts }
     }
 
-    fn inform(&self, option: u32, kind: u16, details: &[u8]) -> io::Result<()> {
+    fn inform(&mut self, option: u32, kind: u16, details: &[u8]) -> io::Result<()> {
         let mut payload = kind.to_be_bytes().to_vec();
         payload.extend(details);
         self.reply(option, rep::INFO, &payload)
     }
 
-    fn refuse(&self, option: u32, error: u32, why: &str) -> io::Result<()> {
+    fn refuse(&mut self, option: u32, error: u32, why: &str) -> io::Result<()> {
         self.reply(option, error, why.as_bytes())
     }
 
-    fn reply(&self, option: u32, reply: u32, payload: &[u8]) -> io::Result<()> {
-        self.stream.write_all(&proto::option_reply(option, reply, payload), self.deadline)
+    fn reply(&mut self, option: u32, reply: u32, payload: &[u8]) -> io::Result<()> {
+        self.channel.write_all(&proto::option_reply(option, reply, payload), self.deadline)
     }
 
-    fn skip(&self, len: u32) -> io::Result<()> {
+    fn skip(&mut self, len: u32) -> io::Result<()> {
         let mut left = len as usize;
         let mut sink = [0; 4096];
         while left > 0 {
             let piece = left.min(sink.len());
-            self.stream.read_exact(&mut sink[..piece], self.deadline)?;
+            self.channel.read_exact(&mut sink[..piece], self.deadline)?;
             left -= piece;
         }
         Ok(())

@@ -2,18 +2,25 @@
 //! NBD, the network block device protocol (proto.md of the NBD project).
 //!
 //! A connection's way: [`server`] accepts it, [`handshake`] negotiates an export, [`transmission`] serves its requests until
-//! it ends. [`proto`] has the numbers and headers, [`reply`] makes replies, [`buffers`] and [`stream`] move bytes, and
+//! it ends. [`proto`] has the numbers and headers, [`reply`] and [`status`] make replies, [`context`] says what a client can
+//! learn besides bytes. [`buffers`] gather bytes for a [`channel`], which is a [`stream`] in clear or [`tls`] over it, and
 //! [`completions`] brings back what workers finished.
 
 mod buffers;
+mod channel;
 mod completions;
+mod context;
 mod export;
 mod handshake;
+mod name;
 pub mod proto;
 mod reply;
 mod server;
+mod status;
 mod stream;
+pub mod tls;
 mod transmission;
 
+pub use context::{Bitmap, DirtyRuns};
 pub use export::{Export, Settings};
 pub use server::{Limits, Server};

@@ -17,6 +17,10 @@ pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// Start of a structured reply chunk.
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// Start of a request with 64-bit length.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// Start of a reply chunk with 64-bit length.
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// Server: fixed newstyle; client: the same.
 pub const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
@@ -35,6 +39,7 @@ pub mod opt {
     pub const STRUCTURED_REPLY: u32 = 8;
     pub const LIST_META_CONTEXT: u32 = 9;
     pub const SET_META_CONTEXT: u32 = 10;
+    pub const EXTENDED_HEADERS: u32 = 11;
 }
 
 /// Option replies (proto.md, "Option reply types").
@@ -47,9 +52,11 @@ pub mod rep {
     pub const ERR_UNSUP: u32 = 0x8000_0001;
     pub const ERR_POLICY: u32 = 0x8000_0002;
     pub const ERR_INVALID: u32 = 0x8000_0003;
+    pub const ERR_TLS_REQD: u32 = 0x8000_0005;
     pub const ERR_UNKNOWN: u32 = 0x8000_0006;
     pub const ERR_BLOCK_SIZE_REQD: u32 = 0x8000_0008;
     pub const ERR_TOO_BIG: u32 = 0x8000_0009;
+    pub const ERR_EXT_HEADER_REQD: u32 = 0x8000_000a;
 }
 
 /// Information types (proto.md, "`NBD_INFO_*`").
@@ -74,6 +81,7 @@ pub mod flag {
     pub const CAN_MULTI_CONN: u16 = 1 << 8;
     pub const SEND_CACHE: u16 = 1 << 10;
     pub const SEND_FAST_ZERO: u16 = 1 << 11;
+    pub const BLOCK_STAT_PAYLOAD: u16 = 1 << 12;
 }
 
 /// Command flags (proto.md, "Command flags").
@@ -84,6 +92,7 @@ pub mod cmd_flag {
     pub const DF: u16 = 1 << 2;
     pub const REQ_ONE: u16 = 1 << 3;
     pub const FAST_ZERO: u16 = 1 << 4;
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// Structured reply chunk types (proto.md, "Structured reply types").
@@ -93,6 +102,7 @@ pub mod chunk {
     pub const NONE: u16 = 0;
     pub const OFFSET_DATA: u16 = 1;
     pub const BLOCK_STATUS: u16 = 5;
+    pub const BLOCK_STATUS_EXT: u16 = 6;
     pub const ERROR: u16 = (1 << 15) + 1;
 }
 
@@ -102,10 +112,14 @@ pub const MAX_PAYLOAD: u32 = 32 << 20;
 pub const MAX_STRING: usize = 4096;
 /// Bytes of a request header with 32-bit length.
 pub const REQUEST_LEN: usize = 28;
+/// Bytes of a request header with 64-bit length.
+pub const EXTENDED_REQUEST_LEN: usize = 32;
 /// Bytes of a simple reply header.
 pub const SIMPLE_REPLY_LEN: usize = 16;
 /// Bytes of a structured reply chunk header.
 pub const CHUNK_LEN: usize = 20;
+/// Bytes of a reply chunk header with 64-bit length.
+pub const EXTENDED_CHUNK_LEN: usize = 32;
 
 /// A command (proto.md, "Request types").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,22 +171,30 @@ pub struct Request {
     pub cookie: u64,
     /// First byte.
     pub offset: u64,
-    /// Number of bytes.
-    pub len: u32,
+    /// Number of bytes: of the range, or of the payload if [`cmd_flag::PAYLOAD_LEN`] is set.
+    pub len: u64,
 }
 
 impl Request {
-    /// Reads a header; `None` if the magic is wrong, after which nothing that follows can be understood.
+    /// Reads a header with 32-bit length; `None` if the magic is wrong, after which nothing that follows can be understood.
     pub fn parse(header: &[u8; REQUEST_LEN]) -> Option<Request> {
-        if u32::from_be_bytes(field(header, 0)) != REQUEST_MAGIC {
-            return None;
-        }
-        Some(Request {
+        let len = u32::from_be_bytes(field(header, 24)).into();
+        Request::with(REQUEST_MAGIC, header, len)
+    }
+
+    /// Reads a header with 64-bit length, as [`Request::parse`] does.
+    pub fn parse_extended(header: &[u8; EXTENDED_REQUEST_LEN]) -> Option<Request> {
+        let len = u64::from_be_bytes(field(header, 24));
+        Request::with(EXTENDED_REQUEST_MAGIC, header, len)
+    }
+
+    fn with(magic: u32, header: &[u8], len: u64) -> Option<Request> {
+        (u32::from_be_bytes(field(header, 0)) == magic).then(|| Request {
             flags: u16::from_be_bytes(field(header, 4)),
             command: u16::from_be_bytes(field(header, 6)).into(),
             cookie: u64::from_be_bytes(field(header, 8)),
             offset: u64::from_be_bytes(field(header, 16)),
-            len: u32::from_be_bytes(field(header, 24)),
+            len,
         })
     }
 }
@@ -204,14 +226,26 @@ pub fn simple_reply(error: u32, cookie: u64) -> [u8; SIMPLE_REPLY_LEN] {
     header
 }
 
-/// A chunk's header, the last of its reply; `len` counts the payload that follows.
-pub fn last_chunk(kind: u16, cookie: u64, len: u32) -> [u8; CHUNK_LEN] {
+/// A structured reply chunk's header; `len` counts the payload that follows, `done` says that no chunk follows.
+pub fn structured_chunk(kind: u16, done: bool, cookie: u64, len: u32) -> [u8; CHUNK_LEN] {
     let mut header = [0; CHUNK_LEN];
     header[0..4].copy_from_slice(&STRUCTURED_REPLY_MAGIC.to_be_bytes());
-    header[4..6].copy_from_slice(&chunk::FLAG_DONE.to_be_bytes());
+    header[4..6].copy_from_slice(&(if done { chunk::FLAG_DONE } else { 0 }).to_be_bytes());
     header[6..8].copy_from_slice(&kind.to_be_bytes());
     header[8..16].copy_from_slice(&cookie.to_be_bytes());
     header[16..20].copy_from_slice(&len.to_be_bytes());
+    header
+}
+
+/// The same with 64-bit length; `offset` is the request's.
+pub fn extended_chunk(kind: u16, done: bool, cookie: u64, offset: u64, len: u64) -> [u8; EXTENDED_CHUNK_LEN] {
+    let mut header = [0; EXTENDED_CHUNK_LEN];
+    header[0..4].copy_from_slice(&EXTENDED_REPLY_MAGIC.to_be_bytes());
+    header[4..6].copy_from_slice(&(if done { chunk::FLAG_DONE } else { 0 }).to_be_bytes());
+    header[6..8].copy_from_slice(&kind.to_be_bytes());
+    header[8..16].copy_from_slice(&cookie.to_be_bytes());
+    header[16..24].copy_from_slice(&offset.to_be_bytes());
+    header[24..32].copy_from_slice(&len.to_be_bytes());
     header
 }
 
@@ -252,6 +286,9 @@ mod tests {
     #[test]
     fn a_request_with_a_wrong_magic_is_not_understood() {
         assert_eq!(Request::parse(&[0; REQUEST_LEN]), None);
+        let mut compact = [0; EXTENDED_REQUEST_LEN];
+        compact[0..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        assert_eq!(Request::parse_extended(&compact), None);
     }
 
     #[test]
@@ -263,8 +300,13 @@ mod tests {
         header[8..16].copy_from_slice(&7u64.to_be_bytes());
         header[16..24].copy_from_slice(&u64::MAX.to_be_bytes());
         header[24..28].copy_from_slice(&u32::MAX.to_be_bytes());
-        let wanted =
-            Request { flags: cmd_flag::FUA, command: Command::Write, cookie: 7, offset: u64::MAX, len: u32::MAX };
+        let wanted = Request {
+            flags: cmd_flag::FUA,
+            command: Command::Write,
+            cookie: 7,
+            offset: u64::MAX,
+            len: u32::MAX.into(),
+        };
         assert_eq!(Request::parse(&header), Some(wanted));
     }
 

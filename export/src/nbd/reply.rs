@@ -1,16 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Replies as bytes, simple or structured as negotiated (proto.md, "Transmission phase").
+//! Replies as bytes, in the style that was negotiated (proto.md, "Transmission phase").
 
 use std::io;
 
-use block::{BlockNode, ExtentKind};
+use block::BlockNode;
 
-use super::proto::{self, CHUNK_LEN, SIMPLE_REPLY_LEN, chunk};
-
-/// Most extents in one block status reply, as in QEMU.
-const MAX_EXTENTS: usize = (1 << 20) / 8;
-/// `NBD_STATE_HOLE | NBD_STATE_ZERO` (proto.md, "`base:allocation` metadata context").
-const HOLE_AND_ZERO: u32 = 0b11;
+use super::proto::{self, CHUNK_LEN, EXTENDED_CHUNK_LEN, SIMPLE_REPLY_LEN, chunk};
 
 /// How this connection wants its replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +14,17 @@ pub enum Style {
     Simple,
     /// Structured replies for reads, block status and errors; simple ones for the success of the rest.
     Structured,
+    /// Structured replies with 64-bit headers for everything, and requests of that kind.
+    Extended,
+}
+
+/// What a reply repeats of its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct To {
+    /// The client's name for the request.
+    pub cookie: u64,
+    /// The request's first byte.
+    pub offset: u64,
 }
 
 impl Style {
@@ -27,103 +33,94 @@ impl Style {
         match self {
             Style::Simple => SIMPLE_REPLY_LEN,
             Style::Structured => CHUNK_LEN + 8,
+            Style::Extended => EXTENDED_CHUNK_LEN + 8,
+        }
+    }
+
+    /// Bytes of a request's header.
+    pub fn request_len(self) -> usize {
+        match self {
+            Style::Simple | Style::Structured => proto::REQUEST_LEN,
+            Style::Extended => proto::EXTENDED_REQUEST_LEN,
         }
     }
 
     /// Writes the header of a read reply with `len` bytes of data into `header`, which has [`Style::read_header_len`] bytes.
-    pub fn put_read_header(self, header: &mut [u8], cookie: u64, offset: u64, len: u32) {
+    pub fn put_read_header(self, header: &mut [u8], to: To, len: u32) {
+        // Lengths of reads are at most MAX_PAYLOAD, so the sums fit.
         match self {
-            Style::Simple => header.copy_from_slice(&proto::simple_reply(0, cookie)),
+            Style::Simple => header.copy_from_slice(&proto::simple_reply(0, to.cookie)),
             Style::Structured => {
-                // Lengths of reads are at most MAX_PAYLOAD, so the sum fits.
-                header[..CHUNK_LEN].copy_from_slice(&proto::last_chunk(chunk::OFFSET_DATA, cookie, len + 8));
-                header[CHUNK_LEN..].copy_from_slice(&offset.to_be_bytes());
+                header[..CHUNK_LEN].copy_from_slice(&proto::structured_chunk(
+                    chunk::OFFSET_DATA,
+                    true,
+                    to.cookie,
+                    len + 8,
+                ));
+                header[CHUNK_LEN..].copy_from_slice(&to.offset.to_be_bytes());
+            }
+            Style::Extended => {
+                let chunk = proto::extended_chunk(chunk::OFFSET_DATA, true, to.cookie, to.offset, u64::from(len) + 8);
+                header[..EXTENDED_CHUNK_LEN].copy_from_slice(&chunk);
+                header[EXTENDED_CHUNK_LEN..].copy_from_slice(&to.offset.to_be_bytes());
             }
         }
     }
 
-    /// The success of a request that returns nothing. An empty read has no data chunk, so it is one of these in both styles.
-    pub fn done(self, cookie: u64, of_read: bool) -> Vec<u8> {
+    /// A chunk, structured or extended; its payload fits 32 bits.
+    pub fn chunk(self, kind: u16, done: bool, to: To, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(EXTENDED_CHUNK_LEN + payload.len());
+        if self == Style::Extended {
+            bytes.extend(proto::extended_chunk(kind, done, to.cookie, to.offset, payload.len() as u64));
+        } else {
+            bytes.extend(proto::structured_chunk(
+                kind,
+                done,
+                to.cookie,
+                u32::try_from(payload.len()).unwrap_or(u32::MAX),
+            ));
+        }
+        bytes.extend(payload);
+        bytes
+    }
+
+    /// The success of a request that returns nothing. An empty read has no data chunk, so it is one of these in every style.
+    pub fn done(self, to: To, of_read: bool) -> Vec<u8> {
         match self {
-            Style::Structured if of_read => proto::last_chunk(chunk::NONE, cookie, 0).to_vec(),
-            _ => proto::simple_reply(0, cookie).to_vec(),
+            Style::Structured if of_read => self.chunk(chunk::NONE, true, to, &[]),
+            Style::Extended => self.chunk(chunk::NONE, true, to, &[]),
+            _ => proto::simple_reply(0, to.cookie).to_vec(),
         }
     }
 
     /// A failure with an error number of the protocol.
-    pub fn error(self, cookie: u64, error: u32) -> Vec<u8> {
-        match self {
-            Style::Simple => proto::simple_reply(error, cookie).to_vec(),
-            Style::Structured => {
-                let mut bytes = proto::last_chunk(chunk::ERROR, cookie, 6).to_vec();
-                bytes.extend(error.to_be_bytes());
-                bytes.extend(0u16.to_be_bytes());
-                bytes
-            }
+    pub fn error(self, to: To, error: u32) -> Vec<u8> {
+        if self == Style::Simple {
+            return proto::simple_reply(error, to.cookie).to_vec();
         }
+        // The number, and the length of a message that is not there.
+        let [a, b, c, d] = error.to_be_bytes();
+        self.chunk(chunk::ERROR, true, to, &[a, b, c, d, 0, 0])
     }
 
     /// Success or failure of a request that returns nothing.
-    pub fn outcome(self, cookie: u64, result: io::Result<()>) -> Vec<u8> {
+    pub fn outcome(self, to: To, result: io::Result<()>) -> Vec<u8> {
         match result {
-            Ok(()) => self.done(cookie, false),
-            Err(e) => self.error(cookie, proto::errno(&e)),
+            Ok(()) => self.done(to, false),
+            Err(e) => self.error(to, proto::errno(&e)),
         }
     }
 }
 
 /// A read reply of any size, and whether it is an error: the data is read by this call, which may sleep.
-pub fn read(style: Style, node: &BlockNode, cookie: u64, offset: u64, len: u32) -> (Vec<u8>, bool) {
+pub fn read(style: Style, node: &BlockNode, to: To, len: u32) -> (Vec<u8>, bool) {
     let header = style.read_header_len();
     let mut bytes = vec![0; header + len as usize];
-    match node.read(&mut bytes[header..], offset, block::Wait::Allowed) {
+    match node.read(&mut bytes[header..], to.offset, block::Wait::Allowed) {
         Ok(()) => {
-            style.put_read_header(&mut bytes[..header], cookie, offset, len);
+            style.put_read_header(&mut bytes[..header], to, len);
             (bytes, false)
         }
-        Err(e) => (style.error(cookie, proto::errno(&e)), true),
+        Err(e) => (style.error(to, proto::errno(&e)), true),
     }
-}
-
-/// A block status reply (proto.md, "`NBD_REPLY_TYPE_BLOCK_STATUS`"), one extent only if `one`; whether it is an error.
-pub fn block_status(node: &BlockNode, context: u32, cookie: u64, offset: u64, len: u32, one: bool) -> (Vec<u8>, bool) {
-    match extents(node, offset, len, one) {
-        Ok(extents) => {
-            let mut payload = context.to_be_bytes().to_vec();
-            for (len, flags) in extents {
-                payload.extend(len.to_be_bytes());
-                payload.extend(flags.to_be_bytes());
-            }
-            // At most MAX_EXTENTS * 8 + 4 bytes.
-            let payload_len = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-            let mut bytes = proto::last_chunk(chunk::BLOCK_STATUS, cookie, payload_len).to_vec();
-            bytes.extend(payload);
-            (bytes, false)
-        }
-        Err(e) => (Style::Structured.error(cookie, proto::errno(&e)), true),
-    }
-}
-
-/// Lengths and flags from `offset`, neighbours of one kind merged.
-fn extents(node: &BlockNode, offset: u64, len: u32, one: bool) -> io::Result<Vec<(u32, u32)>> {
-    let most = if one { 1 } else { MAX_EXTENTS };
-    let mut extents: Vec<(u32, u32)> = Vec::new();
-    let mut at = 0u32;
-    while at < len {
-        let extent = node.status(offset + u64::from(at), u64::from(len - at))?;
-        let flags = match extent.kind {
-            ExtentKind::Data => 0,
-            ExtentKind::Zero => HOLE_AND_ZERO,
-        };
-        // Never more than was asked, which fits 32 bits.
-        let run = u32::try_from(extent.len).unwrap_or(len - at).min(len - at);
-        let full = extents.len() == most;
-        match extents.last_mut() {
-            Some((last, kind)) if *kind == flags => *last += run,
-            _ if full => break,
-            _ => extents.push((run, flags)),
-        }
-        at += run;
-    }
-    Ok(extents)
 }

@@ -13,9 +13,11 @@ use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use tracing::{debug, warn};
 
+use super::channel::Channel;
 use super::export::{Export, Settings};
 use super::handshake::{self, Exports};
 use super::stream::Stream;
+use super::tls::Tls;
 use super::transmission;
 use crate::workers::Workers;
 
@@ -46,6 +48,7 @@ pub struct Server {
 
 struct Shared {
     limits: Limits,
+    tls: Option<Tls>,
     workers: Workers,
     /// Called when a client has left or the listener has ended.
     changed: Box<dyn Fn() + Send + Sync>,
@@ -67,20 +70,22 @@ struct State {
 }
 
 impl Server {
-    /// Serves clients of `listener`, a listening stream socket. `changed` is called from any thread when a client has left.
+    /// Serves clients of `listener`, a listening stream socket; with `tls` only those that begin it. `changed` is called from any thread when a client has left.
     ///
     /// # Errors
     /// `EMFILE`, or no thread to be had.
     pub fn start(
         listener: OwnedFd,
         limits: Limits,
+        tls: Option<Tls>,
         workers: Workers,
         changed: impl Fn() + Send + Sync + 'static,
     ) -> io::Result<Server> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let state = Mutex::default();
         let number = listener.as_raw_fd();
-        let shared = Arc::new(Shared { limits, workers, changed: Box::new(changed), wake, listener: number, state });
+        let shared =
+            Arc::new(Shared { limits, tls, workers, changed: Box::new(changed), wake, listener: number, state });
         let accepting = Arc::clone(&shared);
         let thread = thread::Builder::new().name("nbd-listen".into()).stack_size(STACK);
         let listener = thread.spawn(move || accepting.accept_all(&listener))?;
@@ -166,6 +171,10 @@ impl Exports for Shared {
     fn all(&self) -> Vec<Arc<Export>> {
         self.lock().exports.values().cloned().collect()
     }
+
+    fn tls(&self) -> Option<&Tls> {
+        self.tls.as_ref()
+    }
 }
 
 impl Shared {
@@ -241,17 +250,19 @@ impl Shared {
         // Leaves the books on every way out, a panic included.
         let _present = Present { shared: self, client };
         let deadline = (!self.limits.handshake.is_zero()).then(|| Instant::now() + self.limits.handshake);
-        let agreed = match handshake::negotiate(&stream, self, deadline) {
+        let mut channel = Channel::new(Arc::clone(&stream));
+        let agreed = match handshake::negotiate(&mut channel, self, deadline) {
             Ok(Some(agreed)) => agreed,
-            Ok(None) => return,
+            Ok(None) => return channel.end(),
             Err(e) => return debug!(client, "NBD negotiation: {e}"),
         };
         let Some(meter) = agreed.export.enter(client, &stream) else { return };
         self.lock().served = true;
         let _inside = Inside { export: &agreed.export, client };
-        if let Err(e) = transmission::serve(&stream, &agreed, meter, &self.workers) {
+        if let Err(e) = transmission::serve(&mut channel, &agreed, meter, &self.workers) {
             debug!(client, export = agreed.export.name(), "NBD client: {e}");
         }
+        channel.end();
         // The peer learns at once; the descriptor goes with the last of its holders.
         stream.hang_up();
     }

@@ -1,14 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A connected socket: exact reads and writes, with a deadline while the peer has proved nothing yet.
+//! A connected socket: bytes as the kernel has them, with a deadline while the peer has proved nothing yet.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, Shutdown};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, sockopt};
+
+/// A TCP connection that is silent for so long is probed.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+/// Time between probes.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// Probes without an answer, after which the peer is gone.
+const KEEPALIVE_PROBES: u32 = 4;
+/// Milliseconds for which sent bytes may stay unacknowledged, or wait for a peer that reads nothing at all.
+const UNACKNOWLEDGED: u32 = 300_000;
 
 /// A connected stream socket, unix or TCP.
 #[derive(Debug)]
@@ -17,8 +26,14 @@ pub struct Stream(OwnedFd);
 impl Stream {
     /// Takes a connected, blocking socket.
     pub fn new(socket: OwnedFd) -> Stream {
-        // Replies are gathered into one write already; only TCP knows the option.
-        let _ = rustix::net::sockopt::set_tcp_nodelay(&socket, true);
+        // Only TCP knows these options. Replies are gathered into one write already; and a peer whose machine is gone says
+        // nothing at all: probes find out while it owes nothing, the time limit while it has not acknowledged what was sent.
+        let _ = sockopt::set_tcp_nodelay(&socket, true);
+        let _ = sockopt::set_socket_keepalive(&socket, true);
+        let _ = sockopt::set_tcp_keepidle(&socket, KEEPALIVE_IDLE);
+        let _ = sockopt::set_tcp_keepintvl(&socket, KEEPALIVE_INTERVAL);
+        let _ = sockopt::set_tcp_keepcnt(&socket, KEEPALIVE_PROBES);
+        let _ = sockopt::set_tcp_user_timeout(&socket, UNACKNOWLEDGED);
         Stream(socket)
     }
 
@@ -31,7 +46,7 @@ impl Stream {
     pub fn peer(&self) -> String {
         match rustix::net::getpeername(&self.0).ok().flatten().map(SocketAddr::try_from) {
             Some(Ok(address)) => address.to_string(),
-            _ => match rustix::net::sockopt::socket_peercred(&self.0) {
+            _ => match sockopt::socket_peercred(&self.0) {
                 Ok(peer) => format!("process {}, user {}", peer.pid, peer.uid.as_raw()),
                 Err(_) => "unknown".into(),
             },
@@ -53,21 +68,6 @@ impl Stream {
         }
     }
 
-    /// Fills `buf`, until `deadline` if there is one.
-    ///
-    /// # Errors
-    /// `UnexpectedEof` if the peer ends first, `TimedOut` at the deadline.
-    pub fn read_exact(&self, mut buf: &mut [u8], deadline: Option<Instant>) -> io::Result<()> {
-        while !buf.is_empty() {
-            self.wait_for(PollFlags::IN, deadline)?;
-            match self.receive(buf, true)? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                n => buf = &mut buf[n..],
-            }
-        }
-        Ok(())
-    }
-
     /// Sends all of `bytes`, until `deadline` if there is one. A peer that does not read holds up its own thread only.
     ///
     /// # Errors
@@ -85,12 +85,32 @@ impl Stream {
         Ok(())
     }
 
+    /// Sends some of `parts`, at least one byte.
+    ///
+    /// # Errors
+    /// As [`Stream::write_all`].
+    pub fn send(&self, parts: &[IoSlice<'_>], deadline: Option<Instant>) -> io::Result<usize> {
+        let flags = if deadline.is_some() { SendFlags::NOSIGNAL | SendFlags::DONTWAIT } else { SendFlags::NOSIGNAL };
+        loop {
+            self.wait_for(PollFlags::OUT, deadline)?;
+            match rustix::net::sendmsg(&self.0, parts, &mut SendAncillaryBuffer::default(), flags) {
+                Ok(count) => return Ok(count),
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
     /// Ends both directions: whoever sleeps in a call on this socket wakes up.
     pub fn hang_up(&self) {
         let _ = rustix::net::shutdown(&self.0, Shutdown::Both);
     }
 
-    fn wait_for(&self, what: PollFlags, deadline: Option<Instant>) -> io::Result<()> {
+    /// Returns when the socket is ready for `what`, at once if there is no `deadline`.
+    ///
+    /// # Errors
+    /// `TimedOut` at the deadline.
+    pub fn wait_for(&self, what: PollFlags, deadline: Option<Instant>) -> io::Result<()> {
         let Some(deadline) = deadline else { return Ok(()) };
         let left = deadline.saturating_duration_since(Instant::now());
         if left == Duration::ZERO {

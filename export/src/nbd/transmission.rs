@@ -8,6 +8,7 @@
 //!
 //! Memory is bounded by the two buffers and [`MOST_CHARGED`] bytes of replies in flight.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,11 +19,13 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::buffers::{INBOX, Inbox, Outbox};
+use super::channel::Channel;
 use super::completions::{Completions, Slot};
+use super::context::Chosen;
 use super::handshake::Agreed;
-use super::proto::{self, Command, MAX_PAYLOAD, REQUEST_LEN, Request, cmd_flag};
-use super::reply::{self, Style};
-use super::stream::Stream;
+use super::proto::{self, Command, MAX_PAYLOAD, Request, cmd_flag};
+use super::reply::{self, Style, To};
+use super::status;
 use crate::meter::Meter;
 use crate::workers::Workers;
 
@@ -30,6 +33,8 @@ use crate::workers::Workers;
 const MOST_IN_FLIGHT: usize = 16;
 /// Most bytes of replies that workers may be making for one connection; a single larger read passes alone.
 const MOST_CHARGED: usize = 64 << 20;
+/// Longest payload of a block status request, bytes.
+const MOST_QUERY: u64 = 8 + 4 * 1024;
 /// What every request at the workers counts at least, bytes.
 const LEAST_CHARGE: usize = 256;
 
@@ -37,14 +42,15 @@ const LEAST_CHARGE: usize = 256;
 ///
 /// # Errors
 /// A client that breaks the protocol or vanishes.
-pub fn serve(stream: &Stream, agreed: &Agreed, meter: Meter, workers: &Workers) -> io::Result<()> {
+pub fn serve(channel: &mut Channel, agreed: &Agreed, meter: Meter, workers: &Workers) -> io::Result<()> {
     let mut session = Session {
-        stream,
+        channel,
         node: agreed.export.node(),
         writable: agreed.export.writable(),
+        writethrough: agreed.export.writethrough(),
         block_size: u64::from(agreed.export.block_size()),
-        style: if agreed.structured { Style::Structured } else { Style::Simple },
-        base_allocation: agreed.base_allocation,
+        style: agreed.style,
+        contexts: &agreed.contexts,
         workers,
         inbox: Inbox::new(),
         outbox: Outbox::new(),
@@ -71,19 +77,22 @@ enum State {
     Header,
     /// `left` bytes of a write's payload, to be written at `offset`.
     Payload { request: Request, offset: u64, left: usize },
-    /// `left` bytes of a write that was refused, or failed on the way, with `error`.
-    Skip { cookie: u64, left: usize, error: u32 },
+    /// The `left` bytes of a block status request that names the contexts it wants.
+    Query { request: Request, left: usize },
+    /// `left` bytes of a payload that was refused, or failed on the way, with `error`.
+    Skip { to: To, left: usize, error: u32 },
     /// Nothing more: the client has said goodbye.
     Goodbye,
 }
 
 struct Session<'a> {
-    stream: &'a Stream,
+    channel: &'a mut Channel,
     node: &'a Arc<BlockNode>,
     writable: bool,
+    writethrough: bool,
     block_size: u64,
     style: Style,
-    base_allocation: Option<u32>,
+    contexts: &'a Arc<[Chosen]>,
     workers: &'a Workers,
     inbox: Inbox,
     outbox: Outbox,
@@ -104,7 +113,7 @@ impl Session<'_> {
             }
             let received = Instant::now();
             while self.step()? {}
-            let sent = self.outbox.send(self.stream);
+            let sent = self.outbox.send(self.channel);
             self.meter.settle(&mut self.tally, received);
             sent?;
             if matches!(self.state, State::Goodbye) {
@@ -119,29 +128,43 @@ impl Session<'_> {
         match self.state {
             State::Goodbye => Ok(false),
             State::Header => {
-                let Some(header) = self.inbox.bytes().first_chunk::<REQUEST_LEN>() else { return Ok(false) };
-                let Some(request) = Request::parse(header) else {
-                    return Err(io::Error::new(io::ErrorKind::InvalidData, "bad request magic"));
+                let (parsed, len) = match self.style {
+                    Style::Simple | Style::Structured => {
+                        let Some(header) = self.inbox.bytes().first_chunk() else { return Ok(false) };
+                        (Request::parse(header), header.len())
+                    }
+                    Style::Extended => {
+                        let Some(header) = self.inbox.bytes().first_chunk() else { return Ok(false) };
+                        (Request::parse_extended(header), header.len())
+                    }
                 };
-                self.inbox.consume(REQUEST_LEN);
+                let request = parsed.ok_or_else(|| broken("bad request magic"))?;
+                self.inbox.consume(len);
                 self.request(request)?;
                 Ok(true)
+            }
+            State::Query { left, .. } if there < left => Ok(false),
+            State::Query { request, left } => {
+                let (chosen, len) = self.query(left);
+                self.inbox.consume(left);
+                self.state = State::Header;
+                self.block_status(request, chosen, len).map(|()| true)
             }
             // A payload is written in one piece if the inbox can hold it, else in pieces as large as it holds.
             State::Payload { left, .. } if there < left.min(INBOX) => Ok(false),
             State::Payload { request, offset, left } => {
                 self.payload(request, offset, left.min(there), left).map(|()| true)
             }
-            State::Skip { left: 0, cookie, error } => {
+            State::Skip { left: 0, to, error } => {
                 self.state = State::Header;
-                self.push(&self.style.error(cookie, error))?;
+                self.push(&self.style.error(to, error))?;
                 Ok(true)
             }
             State::Skip { .. } if there == 0 => Ok(false),
-            State::Skip { cookie, left, error } => {
+            State::Skip { to, left, error } => {
                 let piece = left.min(there);
                 self.inbox.consume(piece);
-                self.state = State::Skip { cookie, left: left - piece, error };
+                self.state = State::Skip { to, left: left - piece, error };
                 Ok(true)
             }
         }
@@ -151,13 +174,23 @@ impl Session<'_> {
     fn receive(&mut self) -> io::Result<bool> {
         let wanted = match self.state {
             State::Payload { left, .. } => left.min(INBOX),
-            _ => REQUEST_LEN,
+            State::Query { left, .. } => left,
+            _ => self.style.request_len(),
         };
         if self.in_flight == 0 {
-            return Ok(self.inbox.receive(self.stream, wanted, true)? > 0);
+            return Ok(self.inbox.receive(self.channel, wanted, true)? > 0);
         }
         loop {
-            let mut fds = [PollFd::new(self.stream, PollFlags::IN), PollFd::new(&*self.completions, PollFlags::IN)];
+            if self.channel.is_encrypted() {
+                // What is decrypted already is nothing that the socket could be polled for.
+                match self.inbox.receive(self.channel, wanted, false) {
+                    Ok(came) => return Ok(came > 0),
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            let socket = self.channel.stream();
+            let mut fds = [PollFd::new(&**socket, PollFlags::IN), PollFd::new(&*self.completions, PollFlags::IN)];
             match poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
@@ -167,58 +200,69 @@ impl Session<'_> {
                 self.send_completions()?;
             }
             if socket {
-                match self.inbox.receive(self.stream, wanted, false) {
+                match self.inbox.receive(self.channel, wanted, false) {
                     Ok(came) => return Ok(came > 0),
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                     Err(e) => return Err(e),
                 }
             }
             if self.in_flight == 0 {
-                return Ok(self.inbox.receive(self.stream, wanted, true)? > 0);
+                return Ok(self.inbox.receive(self.channel, wanted, true)? > 0);
             }
         }
     }
 
     /// Checks a request (proto.md, "Request types"; errors as QEMU gives them) and starts it.
-    fn request(&mut self, request: Request) -> io::Result<()> {
-        let Request { command, cookie, offset, len, .. } = request;
+    fn request(&mut self, mut request: Request) -> io::Result<()> {
+        let Request { flags, command, len, .. } = request;
         if command == Command::Disconnect {
             self.state = State::Goodbye;
             return Ok(());
         }
-        let refused = self.check(&request).err();
-        if refused.is_some() {
-            self.tally.note(kind(command), len.into(), true);
+        if self.writethrough && matches!(command, Command::Write | Command::Trim | Command::WriteZeroes) {
+            request.flags |= cmd_flag::FUA;
         }
-        if command == Command::Write {
-            self.state = match refused {
-                Some(error) => State::Skip { cookie, left: len as usize, error },
-                None => State::Payload { request, offset, left: len as usize },
+        let (to, refused) = (to(&request), self.check(&request).err());
+        if refused.is_some() {
+            self.tally.note(kind(command), len, true);
+        }
+        let brings_payload = self.style == Style::Extended && flags & cmd_flag::PAYLOAD_LEN != 0;
+        if command == Command::Write || brings_payload {
+            // Longer than any request of 32 bits: not worth waiting for the end of it.
+            let left = u32::try_from(len).map_err(|_| broken("payload too long"))? as usize;
+            self.state = match (refused, command) {
+                (Some(error), _) => State::Skip { to, left, error },
+                (None, Command::Write) => State::Payload { request, offset: request.offset, left },
+                (None, _) => State::Query { request, left },
             };
             return Ok(());
         }
         if let Some(error) = refused {
-            return self.push(&self.style.error(cookie, error));
+            return self.push(&self.style.error(to, error));
         }
         if len == 0 && command != Command::Flush {
             self.tally.note(kind(command), 0, false);
-            return self.push(&self.style.done(cookie, command == Command::Read));
+            return self.push(&self.style.done(to, command == Command::Read));
         }
         match command {
-            Command::Read => self.read(cookie, offset, len),
+            Command::Read => self.read(to, u32::try_from(len).unwrap_or(MAX_PAYLOAD)),
+            Command::BlockStatus => self.block_status(request, Some(Arc::clone(self.contexts)), len),
             _ => self.submit(request, kind(command)),
         }
     }
 
     /// Whether the request may be tried at all; the error number if not.
     fn check(&self, request: &Request) -> Result<(), u32> {
-        let Request { flags, command, offset, len, .. } = *request;
+        let Request { flags, command, len, .. } = *request;
+        let extended = self.style == Style::Extended;
+        let payload = if extended { cmd_flag::PAYLOAD_LEN } else { 0 };
         let (allowed_flags, changes) = match command {
             Command::Read => (cmd_flag::DF, false),
-            Command::Write | Command::Trim => (cmd_flag::FUA, true),
+            Command::Write => (payload, true),
+            Command::Trim => (0, true),
             Command::Flush | Command::Cache | Command::Disconnect => (0, false),
-            Command::WriteZeroes => (cmd_flag::FUA | cmd_flag::NO_HOLE | cmd_flag::FAST_ZERO, true),
-            Command::BlockStatus => (cmd_flag::REQ_ONE, false),
+            Command::WriteZeroes => (cmd_flag::NO_HOLE | cmd_flag::FAST_ZERO, true),
+            Command::BlockStatus => (cmd_flag::REQ_ONE | payload, false),
             Command::Unknown(_) => return Err(proto::EINVAL),
         };
         // FUA means something only where it is listed, but a client may set it on anything (proto.md, "Command flags").
@@ -232,62 +276,109 @@ impl Session<'_> {
         if command == Command::Flush {
             return Ok(());
         }
-        if matches!(command, Command::Read | Command::Write | Command::Cache) && len > MAX_PAYLOAD {
+        if matches!(command, Command::Read | Command::Write | Command::Cache) && len > u64::from(MAX_PAYLOAD) {
             return Err(proto::EINVAL);
         }
-        if command == Command::BlockStatus && (self.base_allocation.is_none() || len == 0) {
-            return Err(proto::EINVAL);
+        if command == Command::BlockStatus {
+            if self.contexts.is_empty() || len == 0 {
+                return Err(proto::EINVAL);
+            }
+            if flags & cmd_flag::PAYLOAD_LEN != 0 {
+                // The range is known when the payload has come.
+                return if len <= MOST_QUERY { Ok(()) } else { Err(proto::EINVAL) };
+            }
         }
-        if offset.checked_add(u64::from(len)).is_none_or(|end| end > self.node.len()) {
+        self.check_range(command, request.offset, len)
+    }
+
+    fn check_range(&self, command: Command, offset: u64, len: u64) -> Result<(), u32> {
+        if offset.checked_add(len).is_none_or(|end| end > self.node.len()) {
             return Err(if matches!(command, Command::Write | Command::WriteZeroes) {
                 proto::ENOSPC
             } else {
                 proto::EINVAL
             });
         }
-        if offset % self.block_size != 0 || u64::from(len) % self.block_size != 0 {
+        if !offset.is_multiple_of(self.block_size) || !len.is_multiple_of(self.block_size) {
             return Err(proto::EINVAL);
         }
         Ok(())
     }
 
+    /// The contexts and the length that a payload of `left` bytes asks for (proto.md, "`NBD_CMD_BLOCK_STATUS`" with extended
+    /// headers); no contexts if it is malformed, or asks for what was not negotiated.
+    fn query(&self, left: usize) -> (Option<Arc<[Chosen]>>, u64) {
+        let Some((len, ids)) = self.inbox.bytes()[..left].split_first_chunk::<8>() else { return (None, 0) };
+        let (ids, odd) = ids.as_chunks::<4>();
+        let known = |id: u32| self.contexts.iter().any(|chosen| chosen.id == id);
+        let ids: BTreeSet<u32> = ids.iter().map(|id| u32::from_be_bytes(*id)).collect();
+        if ids.is_empty() || !odd.is_empty() || !ids.iter().all(|&id| known(id)) {
+            return (None, 0);
+        }
+        let wanted = self.contexts.iter().filter(|chosen| ids.contains(&chosen.id)).cloned().collect();
+        (Some(wanted), u64::from_be_bytes(*len))
+    }
+
+    /// Tells about `len` bytes. Without contexts the request was malformed.
+    fn block_status(&mut self, request: Request, contexts: Option<Arc<[Chosen]>>, len: u64) -> io::Result<()> {
+        let (style, to) = (self.style, to(&request));
+        let checked = match contexts {
+            Some(contexts) if len > 0 => self.check_range(Command::BlockStatus, to.offset, len).map(|()| contexts),
+            _ => Err(proto::EINVAL),
+        };
+        let contexts = match checked {
+            Ok(contexts) => contexts,
+            Err(error) => {
+                self.tally.note(Kind::Status, len, true);
+                return self.push(&style.error(to, error));
+            }
+        };
+        let one = request.flags & cmd_flag::REQ_ONE != 0;
+        let (node, meter, started) = (Arc::clone(self.node), self.meter.clone(), Instant::now());
+        self.hand_over(to, LEAST_CHARGE, move |slot| {
+            let (bytes, failed) = status::reply(style, &node, &contexts, to, len, one);
+            meter.record(Kind::Status, len, failed, started);
+            slot.fill(bytes);
+        })
+    }
+
     /// A read: into the send buffer if the data is there, by a worker if it is not.
-    fn read(&mut self, cookie: u64, offset: u64, len: u32) -> io::Result<()> {
+    fn read(&mut self, to: To, len: u32) -> io::Result<()> {
         let size = len as usize;
         if size <= Outbox::MOST - self.style.read_header_len() {
-            match self.read_in_place(cookie, offset, len, Wait::Never) {
+            match self.read_in_place(to, len, Wait::Never) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 other => return other,
             }
             if self.in_flight == 0 && self.inbox.bytes().is_empty() {
                 // The only request there is: a hand-over would cost more than it could win.
-                self.outbox.send(self.stream)?;
-                return self.read_in_place(cookie, offset, len, Wait::Allowed);
+                self.outbox.send(self.channel)?;
+                return self.read_in_place(to, len, Wait::Allowed);
             }
         }
         let (node, style) = (Arc::clone(self.node), self.style);
         let (meter, started) = (self.meter.clone(), Instant::now());
-        self.hand_over(cookie, size, move |slot| {
-            let (bytes, failed) = reply::read(style, &node, cookie, offset, len);
+        self.hand_over(to, size, move |slot| {
+            let (bytes, failed) = reply::read(style, &node, to, len);
             meter.record(Kind::Read, len.into(), failed, started);
             slot.fill(bytes);
         })
     }
 
     /// `WouldBlock` only with [`Wait::Never`]; other errors of the node are answered.
-    fn read_in_place(&mut self, cookie: u64, offset: u64, len: u32, wait: Wait) -> io::Result<()> {
+    fn read_in_place(&mut self, to: To, len: u32, wait: Wait) -> io::Result<()> {
         let header = self.style.read_header_len();
-        let room = self.outbox.reserve(header + len as usize, self.stream)?;
-        match self.node.read(&mut room[header..], offset, wait) {
+        let room = self.outbox.reserve(header + len as usize, self.channel)?;
+        match self.node.read(&mut room[header..], to.offset, wait) {
             Ok(()) => {
-                self.style.put_read_header(&mut room[..header], cookie, offset, len);
+                self.style.put_read_header(&mut room[..header], to, len);
                 self.tally.note(Kind::Read, len.into(), false);
-                self.outbox.commit(header + len as usize, self.stream)
+                self.outbox.commit(header + len as usize, self.channel)
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock && wait == Wait::Never => Err(e),
             Err(e) => {
                 self.tally.note(Kind::Read, len.into(), true);
-                self.push(&self.style.error(cookie, proto::errno(&e)))
+                self.push(&self.style.error(to, proto::errno(&e)))
             }
         }
     }
@@ -296,10 +387,10 @@ impl Session<'_> {
     fn payload(&mut self, request: Request, offset: u64, piece: usize, left: usize) -> io::Result<()> {
         let written = self.node.write(&self.inbox.bytes()[..piece], offset, false);
         self.inbox.consume(piece);
-        let (cookie, left) = (request.cookie, left - piece);
+        let left = left - piece;
         if let Err(e) = written {
-            self.tally.note(Kind::Write, request.len.into(), true);
-            self.state = State::Skip { cookie, left, error: proto::errno(&e) };
+            self.tally.note(Kind::Write, request.len, true);
+            self.state = State::Skip { to: to(&request), left, error: proto::errno(&e) };
             return Ok(());
         }
         if left > 0 {
@@ -311,55 +402,44 @@ impl Session<'_> {
             // The same promise as a write with RWF_DSYNC, without keeping this thread.
             return self.submit(Request { command: Command::Flush, ..request }, Kind::Write);
         }
-        self.tally.note(Kind::Write, request.len.into(), false);
-        self.push(&self.style.done(cookie, false))
+        self.tally.note(Kind::Write, request.len, false);
+        self.push(&self.style.done(to(&request), false))
     }
 
     /// Gives a request that may take its time to the workers; it counts as one of `kind`.
     fn submit(&mut self, request: Request, kind: Kind) -> io::Result<()> {
-        let Request { flags, command, cookie, offset, len } = request;
-        let (node, style, context) = (Arc::clone(self.node), self.style, self.base_allocation);
+        let Request { flags, command, offset, len, .. } = request;
+        let (node, style, to) = (Arc::clone(self.node), self.style, to(&request));
         let durable = flags & cmd_flag::FUA != 0;
         let (meter, started) = (self.meter.clone(), Instant::now());
-        self.hand_over(cookie, LEAST_CHARGE, move |slot| {
-            let count = |failed| meter.record(kind, len.into(), failed, started);
+        self.hand_over(to, LEAST_CHARGE, move |slot| {
             let result = match command {
-                Command::BlockStatus => {
-                    let one = flags & cmd_flag::REQ_ONE != 0;
-                    // Without a context the request was refused.
-                    let context = context.unwrap_or_default();
-                    let (bytes, failed) = reply::block_status(&node, context, cookie, offset, len, one);
-                    count(failed);
-                    return slot.fill(bytes);
-                }
                 Command::Flush => node.flush(),
-                Command::Trim => {
-                    node.discard(offset, len.into()).and_then(|()| if durable { node.flush() } else { Ok(()) })
-                }
+                Command::Trim => node.discard(offset, len).and_then(|()| if durable { node.flush() } else { Ok(()) }),
                 Command::WriteZeroes => {
                     let may_unmap = flags & cmd_flag::NO_HOLE == 0;
                     let fast_only = flags & cmd_flag::FAST_ZERO != 0;
-                    node.write_zeroes(offset, len.into(), ZeroFlags { may_unmap, fast_only }, durable)
+                    node.write_zeroes(offset, len, ZeroFlags { may_unmap, fast_only }, durable)
                 }
                 Command::Cache => cache(&node, offset, len),
-                Command::Read | Command::Write | Command::Disconnect | Command::Unknown(_) => Err(Errno::INVAL.into()),
+                _ => Err(Errno::INVAL.into()),
             };
-            count(result.is_err());
-            slot.fill(style.outcome(cookie, result));
+            meter.record(kind, len, result.is_err(), started);
+            slot.fill(style.outcome(to, result));
         })
     }
 
     /// Runs `work` on a worker, within this connection's limits.
-    fn hand_over(&mut self, cookie: u64, size: usize, work: impl FnOnce(Slot) + Send + 'static) -> io::Result<()> {
+    fn hand_over(&mut self, to: To, size: usize, work: impl FnOnce(Slot) + Send + 'static) -> io::Result<()> {
         let charge = size.max(LEAST_CHARGE);
         while self.in_flight >= MOST_IN_FLIGHT || (self.in_flight > 0 && self.charged + charge > MOST_CHARGED) {
-            self.outbox.send(self.stream)?;
+            self.outbox.send(self.channel)?;
             self.wait_for_completions()?;
             self.send_completions()?;
         }
         self.in_flight += 1;
         self.charged += charge;
-        let slot = self.completions.slot(charge, self.style.error(cookie, proto::errno(&Errno::IO.into())));
+        let slot = self.completions.slot(charge, self.style.error(to, proto::errno(&Errno::IO.into())));
         self.workers.submit(Box::new(move || work(slot)));
         Ok(())
     }
@@ -375,7 +455,7 @@ impl Session<'_> {
         for bytes in self.collect() {
             self.push(&bytes)?;
         }
-        self.outbox.send(self.stream)
+        self.outbox.send(self.channel)
     }
 
     /// Takes finished replies off the books.
@@ -392,7 +472,7 @@ impl Session<'_> {
     }
 
     fn push(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.outbox.push(bytes, self.stream)
+        self.outbox.push(bytes, self.channel)
     }
 }
 
@@ -408,10 +488,18 @@ fn kind(command: Command) -> Kind {
     }
 }
 
+fn to(request: &Request) -> To {
+    To { cookie: request.cookie, offset: request.offset }
+}
+
+fn broken(why: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
 /// `NBD_CMD_CACHE`: reading is what brings a range into the host's cache, whatever the format.
-fn cache(node: &BlockNode, offset: u64, len: u32) -> io::Result<()> {
-    let mut sink = vec![0; (len as usize).min(256 << 10)];
-    let end = offset + u64::from(len);
+fn cache(node: &BlockNode, offset: u64, len: u64) -> io::Result<()> {
+    let mut sink = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(256 << 10)];
+    let end = offset + len;
     let mut at = offset;
     while at < end {
         let piece = usize::try_from(end - at).unwrap_or(sink.len()).min(sink.len());

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use block::{BlockNode, Driver, Graph, Host, NodeAccess, NodeSpec};
 use export::Workers;
-use export::nbd::proto::{self, opt, rep};
+use export::nbd::proto::{self, cmd_flag, opt, rep};
 use export::nbd::{Export, Limits, Server, Settings};
 
 /// A server with one export, on a socket in a directory of its own.
@@ -47,6 +47,11 @@ impl Fixture {
         Fixture::over(node, writable, limits, file)
     }
 
+    /// The node that is exported.
+    pub fn node(&self) -> Arc<BlockNode> {
+        Arc::clone(self.export.node())
+    }
+
     /// Exports a driver of the test's own.
     pub fn driver(driver: Box<dyn Driver>) -> Fixture {
         let access = NodeAccess { writable: true, unmap: true };
@@ -59,9 +64,9 @@ impl Fixture {
         let listener = UnixListener::bind(dir.path().join("nbd")).unwrap();
         let (sender, changed) = channel();
         let notify = move || _ = sender.send(());
-        let server = Server::start(listener.into(), limits, Workers::new(), notify).unwrap();
+        let server = Server::start(listener.into(), limits, None, Workers::new(), notify).unwrap();
         let description = Some("a disk".to_owned());
-        let export = server.add(Settings { name: "disk".into(), description, node, writable }).unwrap();
+        let export = server.add(Settings { description, writable, ..Settings::new("disk", node) }).unwrap();
         Fixture { server, export, changed, file, dir }
     }
 
@@ -72,12 +77,17 @@ impl Fixture {
 
     /// A client that has chosen the export with simple replies.
     pub fn client(&self) -> Client {
-        Client::negotiate(self.connect(), false)
+        Client::negotiate(self.connect(), None)
     }
 
     /// A client with structured replies and block status.
     pub fn structured_client(&self) -> Client {
-        Client::negotiate(self.connect(), true)
+        Client::negotiate(self.connect(), Some(opt::STRUCTURED_REPLY))
+    }
+
+    /// A client with extended headers and block status.
+    pub fn extended_client(&self) -> Client {
+        Client::negotiate(self.connect(), Some(opt::EXTENDED_HEADERS))
     }
 
     pub fn uri(&self) -> String {
@@ -94,6 +104,7 @@ pub struct Client {
     pub socket: UnixStream,
     pub size: u64,
     pub flags: u16,
+    pub extended: bool,
 }
 
 /// A reply: the cookie, the error number, and the bytes of its data chunk if there is one.
@@ -105,23 +116,36 @@ pub struct Reply {
 }
 
 impl Client {
-    pub fn negotiate(mut socket: UnixStream, structured: bool) -> Client {
+    /// Chooses the export, after the option that asks for more than simple replies if there is one.
+    pub fn negotiate(mut socket: UnixStream, style: Option<u32>) -> Client {
         greet(&mut socket);
-        if structured {
-            assert_eq!(option(&mut socket, opt::STRUCTURED_REPLY, &[]), [(rep::ACK, vec![])]);
-            let query = [string("disk"), 1u32.to_be_bytes().to_vec(), string("base:allocation")].concat();
-            assert_eq!(option(&mut socket, opt::SET_META_CONTEXT, &query).len(), 2);
+        if let Some(style) = style {
+            assert_eq!(option(&mut socket, style, &[]), [(rep::ACK, vec![])]);
+            assert_eq!(
+                option(&mut socket, opt::SET_META_CONTEXT, &context_query("disk", &["base:allocation"])).len(),
+                2
+            );
         }
+        Client::go(socket, style == Some(opt::EXTENDED_HEADERS))
+    }
+
+    /// Chooses the export.
+    pub fn go(mut socket: UnixStream, extended: bool) -> Client {
         let go = [string("disk"), vec![0, 0]].concat();
         let replies = option(&mut socket, opt::GO, &go);
         let export = replies.iter().find(|(kind, data)| *kind == rep::INFO && data[..2] == [0, 0]).unwrap();
         let size = u64::from_be_bytes(proto::field(&export.1, 2));
         let flags = u16::from_be_bytes(proto::field(&export.1, 10));
-        Client { socket, size, flags }
+        Client { socket, size, flags, extended }
     }
 
     pub fn send(&mut self, flags: u16, command: u16, cookie: u64, offset: u64, len: u32, payload: &[u8]) {
-        self.socket.write_all(&[&request(flags, command, cookie, offset, len)[..], payload].concat()).unwrap();
+        let header = match (self.extended, command) {
+            (false, _) => request(flags, command, cookie, offset, len),
+            (true, WRITE) => extended_request(flags | cmd_flag::PAYLOAD_LEN, command, cookie, offset, len.into()),
+            (true, _) => extended_request(flags, command, cookie, offset, len.into()),
+        };
+        self.socket.write_all(&[&header[..], payload].concat()).unwrap();
     }
 
     pub fn reply(&mut self, read_len: usize) -> Reply {
@@ -139,6 +163,15 @@ impl Client {
                 let rest: [u8; 16] = self.take();
                 let kind = u16::from_be_bytes(proto::field(&rest, 2));
                 let mut data = vec![0; u32::from_be_bytes(proto::field(&rest, 12)) as usize];
+                self.socket.read_exact(&mut data).unwrap();
+                let cookie = u64::from_be_bytes(proto::field(&rest, 4));
+                let error = if kind & 0x8000 == 0 { 0 } else { u32::from_be_bytes(proto::field(&data, 0)) };
+                Reply { cookie, error, data }
+            }
+            proto::EXTENDED_REPLY_MAGIC => {
+                let rest: [u8; 28] = self.take();
+                let kind = u16::from_be_bytes(proto::field(&rest, 2));
+                let mut data = vec![0; u64::from_be_bytes(proto::field(&rest, 20)) as usize];
                 self.socket.read_exact(&mut data).unwrap();
                 let cookie = u64::from_be_bytes(proto::field(&rest, 4));
                 let error = if kind & 0x8000 == 0 { 0 } else { u32::from_be_bytes(proto::field(&data, 0)) };
@@ -182,6 +215,25 @@ pub fn request(flags: u16, command: u16, cookie: u64, offset: u64, len: u32) -> 
         &len.to_be_bytes(),
     ]
     .concat()
+}
+
+pub fn extended_request(flags: u16, command: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
+    [
+        &proto::EXTENDED_REQUEST_MAGIC.to_be_bytes()[..],
+        &flags.to_be_bytes(),
+        &command.to_be_bytes(),
+        &cookie.to_be_bytes(),
+        &offset.to_be_bytes(),
+        &len.to_be_bytes(),
+    ]
+    .concat()
+}
+
+/// The payload of the metadata context options.
+pub fn context_query(export: &str, queries: &[&str]) -> Vec<u8> {
+    let mut payload = [string(export), (queries.len() as u32).to_be_bytes().to_vec()].concat();
+    payload.extend(queries.iter().flat_map(|query| string(query)));
+    payload
 }
 
 /// Reads the greeting and answers it.
