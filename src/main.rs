@@ -31,7 +31,7 @@ struct CommandLine {
 #[derive(Subcommand)]
 enum Verb {
     /// Serve a disk image over NBD on a unix socket, or as a file, read by a process that can open nothing.
-    Serve(serve::Options),
+    Serve(Box<serve::Options>),
     /// Show what a running daemon was passed, or look for descriptors that it has lost sight of.
     Fdsets(fdsets::Options),
     /// Show on a small disk how it works, and that the daemon cannot get out.

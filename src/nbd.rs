@@ -14,6 +14,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use manager::chain::Policy;
 use manager::inspector::Program;
 use manager::serve::{End, ExportOptions, Listen, Request, serve};
+use manager::tls::Tls;
 use sys::background::Ready;
 
 /// Where NBD is served over TCP unless a port is given (IANA).
@@ -76,6 +77,19 @@ struct Options {
     /// Whether written zeroes are looked for: `off` is the only one so far.
     #[arg(long, value_name = "MODE")]
     detect_zeroes: Option<String>,
+    /// Let clients learn how many layers down data is stored (`qemu:allocation-depth`).
+    #[arg(short = 'A', long)]
+    allocation_depth: bool,
+    /// An object for the options below: `tls-creds-x509,id=ID,endpoint=server,dir=DIR[,verify-peer=off]`, `authz-simple`,
+    /// `authz-list`. May be repeated.
+    #[arg(long, value_name = "SPEC")]
+    object: Vec<String>,
+    /// Serve over TLS alone, with these credentials.
+    #[arg(long, value_name = "ID")]
+    tls_creds: Option<String>,
+    /// Let in only clients whose certificate has a name that this object allows.
+    #[arg(long, value_name = "ID")]
+    tls_authz: Option<String>,
     /// Return when clients can connect, and go on in the background.
     #[arg(long)]
     fork: bool,
@@ -91,8 +105,6 @@ struct Options {
     snapshot: bool,
     #[arg(short, long, hide = true)]
     load_snapshot: Option<String>,
-    #[arg(short = 'A', long, hide = true)]
-    allocation_depth: bool,
     #[arg(short = 'B', long, hide = true)]
     bitmap: Option<String>,
     #[arg(short, long, hide = true)]
@@ -101,12 +113,6 @@ struct Options {
     image_opts: bool,
     #[arg(short = 'L', long, hide = true)]
     list: bool,
-    #[arg(long, hide = true)]
-    object: Option<String>,
-    #[arg(long, hide = true)]
-    tls_creds: Option<String>,
-    #[arg(long, hide = true)]
-    tls_authz: Option<String>,
     #[arg(long, hide = true)]
     tls_hostname: Option<String>,
     #[arg(long, hide = true)]
@@ -164,6 +170,8 @@ impl Options {
         let export = ExportOptions {
             name: self.export_name,
             description: self.description,
+            tls: Tls::options(&self.object, self.tls_creds, self.tls_authz)?,
+            allocation_depth: self.allocation_depth,
             offset: self.offset,
             discard: matches!(self.discard.as_str(), "unmap" | "on"),
             max_connections: Some(self.shared),
@@ -213,7 +221,6 @@ impl Options {
         let refused = [
             (self.snapshot, "--snapshot", later),
             (self.load_snapshot.is_some(), "--load-snapshot", later),
-            (self.allocation_depth, "--allocation-depth", later),
             (self.bitmap.is_some(), "--bitmap", later),
             (self.nocache, "--nocache", later),
             (other(&self.cache, "writeback"), "--cache other than 'writeback'", later),
@@ -221,9 +228,6 @@ impl Options {
             (other(&self.detect_zeroes, "off"), "--detect-zeroes other than 'off'", later),
             (self.image_opts, "--image-opts", later),
             (self.list, "--list", "is not supported by this version; nbdinfo --list tells what a server exports"),
-            (self.object.is_some(), "--object", later),
-            (self.tls_creds.is_some(), "--tls-creds", later),
-            (self.tls_authz.is_some(), "--tls-authz", later),
             (self.tls_hostname.is_some(), "--tls-hostname", later),
             (self.selinux_label.is_some(), "--selinux-label", later),
             (self.connect.is_some(), "--connect", kernel),

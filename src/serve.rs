@@ -9,6 +9,7 @@ use clap::Args;
 use manager::chain::Policy;
 use manager::fuse::AllowOther;
 use manager::serve::{End, ExportOptions, FileOptions, Listen, Request, Served, serve, uri};
+use manager::tls::Tls;
 
 use crate::{Confinement, PrivateSocket};
 
@@ -42,6 +43,16 @@ pub struct Options {
     /// The export's name; by default the empty name, which clients ask for when they name none.
     #[arg(long, default_value = "")]
     name: String,
+    /// Serve NBD over TLS alone, with the credentials in this directory: `server-cert.pem`, `server-key.pem`, and `ca-cert.pem`
+    /// by which clients' certificates are checked.
+    #[arg(long, value_name = "DIR")]
+    tls_creds: Option<PathBuf>,
+    /// Let in clients without a certificate, too.
+    #[arg(long, requires = "tls_creds")]
+    tls_any_client: bool,
+    /// Let in only clients whose certificate has this distinguished name (`C=GB,CN=host`, `*` for any text). May be repeated.
+    #[arg(long, value_name = "NAME", requires = "tls_creds", conflicts_with = "tls_any_client")]
+    tls_client: Vec<String>,
     /// A QMP monitor for others, at this path: `doorless fdsets` and clients of your own.
     #[arg(long, value_name = "PATH")]
     monitor: Option<PathBuf>,
@@ -69,6 +80,9 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         _ => AllowOther::Auto,
     };
     let file = options.fuse.clone();
+    let tls = options.tls_creds.as_deref();
+    let tls = tls.map_or_else(Tls::default, |dir| Tls::directory(dir, options.tls_any_client, &options.tls_client));
+    let scheme = if tls.is_on() { "nbds" } else { "nbd" };
     let request = Request {
         image: options.image.clone(),
         policy: Policy {
@@ -80,11 +94,11 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         listen: socket.clone().map(Listen::Unix),
         file: file.map(|mountpoint| FileOptions { mountpoint, growable: options.growable, allow_other }),
         monitor: options.monitor.as_deref().map(std::path::absolute).transpose()?,
-        export: ExportOptions { name: options.name.clone(), discard: true, ..ExportOptions::default() },
+        export: ExportOptions { name: options.name.clone(), tls, discard: true, ..ExportOptions::default() },
     };
     let served = serve(&options.confinement.program(), request)?;
     // Whoever started this may have closed the pipe already; the disk is served all the same.
-    let uri = socket.map(|socket| uri(&socket, &options.name));
+    let uri = socket.map(|socket| uri(&socket, &options.name).replacen("nbd", scheme, 1));
     let _ = announce(&served, uri.as_deref());
     match waiting.until_signal_or_end(&served.daemon)? {
         End::Signal => served.stop()?,

@@ -255,7 +255,6 @@ fn what_is_not_built_is_refused_by_name() {
     for option in [
         "-s",
         "-lx",
-        "-A",
         "-Bx",
         "-n",
         "--cache=none",
@@ -266,8 +265,6 @@ fn what_is_not_built_is_refused_by_name() {
         "--image-opts",
         "-L",
         "--object=secret,id=s",
-        "--tls-creds=t",
-        "--tls-authz=t",
         "--tls-hostname=h",
         "-c/dev/nbd0",
         "-d",

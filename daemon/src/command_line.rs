@@ -36,7 +36,7 @@ Serves disk images that arrive as descriptors. The process confines itself befor
   --blockdev OPTIONS     as blockdev-add; a file named here is opened before the process is confined
   --nbd-server addr.type=fd,addr.str=N[,max-connections=N][,handshake-max-seconds=N]
   --nbd-server addr.type=unix,addr.path=PATH[,...]
-  --nbd-server addr.type=inet,addr.host=HOST,addr.port=PORT[,...]
+  --nbd-server addr.type=inet,addr.host=HOST,addr.port=PORT[,...][,tls-creds=ID[,tls-authz=ID]]
                          serve NBD on an inherited listening socket, or on one that is made before the process is confined
   --export [type=]nbd,id=ID,node-name=NODE[,name=NAME][,writable=on|off]
                          as block-export-add
@@ -53,6 +53,10 @@ Serves disk images that arrive as descriptors. The process confines itself befor
                          events about fd sets; with wanted, a command that lacks a descriptor waits for it that long (default 0)
   --object [qom-type=]iothread,id=ID
                          an object that exports may name
+  --object tls-creds-x509,id=ID,endpoint=server,dir=DIR[,verify-peer=on|off]
+  --object authz-simple,id=ID,identity=NAME
+  --object authz-list,id=ID[,policy=deny|allow],rules.0.match=NAME,rules.0.policy=allow[,rules.0.format=exact|glob]...
+                         what --nbd-server may name; credentials are opened before the process is confined
   --pidfile PATH         write the process id there once everything else is done
   --daemonize            go on in the background once everything else is done
   --trace OPTIONS        accepted, and of no effect
@@ -228,7 +232,12 @@ fn read(
                 plans.command("block-export-add", options);
             }
             "object" => {
-                let options = table.option(Type::Named("ObjectOptions"), &value, Some("qom-type")).map_err(placed)?;
+                let mut options =
+                    table.option(Type::Named("ObjectOptions"), &value, Some("qom-type")).map_err(placed)?;
+                plans
+                    .openings
+                    .open_credentials(&mut options)
+                    .map_err(|e| UsageError(format!("{option} {value}: {e}")))?;
                 plans.command("object-add", options);
             }
             "fdset-lifetime" => plans.fdsets.lifetime = lifetime(&value)?,
@@ -377,6 +386,8 @@ fn words() -> Table<()> {
                 Member::required("addr", Type::Named("ListenAddress"), "The socket."),
                 Member::optional("handshake-max-seconds", Type::Uint32, "How long a client may negotiate, seconds."),
                 Member::optional("max-connections", Type::Uint32, "Most clients at once."),
+                Member::optional("tls-creds", Type::Str, "The TLS that clients must begin."),
+                Member::optional("tls-authz", Type::Str, "Which clients may come in."),
             ],
             "An NBD server.",
         ),

@@ -21,6 +21,9 @@ use crate::state::Daemon;
 /// enough for `/dev/fdset/N` (2^31-1 is the last that can be named).
 const FIRST_OWN_SET: i64 = 1 << 30;
 
+/// The files of a TLS server's credentials, named as QEMU names them.
+const CREDENTIALS: [&str; 4] = ["ca-cert.pem", "ca-crl.pem", "server-cert.pem", "server-key.pem"];
+
 /// Character devices by id.
 #[derive(Debug, Default)]
 pub struct Chardevs(BTreeMap<String, Source>);
@@ -120,6 +123,28 @@ impl Openings {
         for (key, child) in options.iter_mut().filter(|(_, child)| child.is_object()) {
             self.open_files(child, read_only || key == "backing")?;
         }
+        Ok(())
+    }
+
+    /// Opens the files of the directory that a `tls-creds-x509` object names, and lets it name a set instead.
+    ///
+    /// # Errors
+    /// A sentence for the user.
+    pub fn open_credentials(&mut self, object: &mut Value) -> Result<(), String> {
+        let dir = match object.get("dir").and_then(Value::as_str) {
+            Some(dir) if !dir.starts_with(fdset::PREFIX) => dir.to_owned(),
+            _ => return Ok(()),
+        };
+        let set = FIRST_OWN_SET + self.own_sets;
+        self.own_sets += 1;
+        for name in CREDENTIALS {
+            match std::fs::File::open(std::path::Path::new(&dir).join(name)) {
+                Ok(file) => self.sets.push((set, file.into(), Some(name.to_owned()))),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(format!("Could not open '{dir}/{name}': {e}")),
+            }
+        }
+        object["dir"] = format!("{}{set}", fdset::PREFIX).into();
         Ok(())
     }
 

@@ -15,5 +15,6 @@ pub mod inspector;
 pub mod monitor;
 pub mod opening;
 pub mod serve;
+pub mod tls;
 
 pub use error::{Error, Result};

@@ -17,6 +17,7 @@ use crate::disk;
 use crate::fuse::{AllowOther, Attached, Mount};
 use crate::inspector::Program;
 use crate::opening::Rights;
+use crate::tls::Tls;
 use crate::{Error, Result};
 
 /// The node of the one disk, and its NBD export's id.
@@ -59,6 +60,10 @@ pub struct ExportOptions {
     pub name: String,
     /// Free text for clients.
     pub description: Option<String>,
+    /// The TLS that clients must begin, if any.
+    pub tls: Tls,
+    /// Whether clients may learn how many layers down data is stored.
+    pub allocation_depth: bool,
     /// Byte of the image at which the export begins.
     pub offset: u64,
     /// Whether discards of clients are passed on.
@@ -162,12 +167,16 @@ impl Served {
         if let Some(seconds) = options.handshake_seconds {
             start["handshake-max-seconds"] = json!(seconds);
         }
+        options.tls.pass(&mut self.daemon, &mut start)?;
         self.daemon.execute("nbd-server-start", start, &[])?;
         let writable = self.is_writable();
         let mut export =
             json!({ "type": "nbd", "id": DISK, "node-name": node, "name": options.name, "writable": writable });
         if let Some(description) = &options.description {
             export["description"] = json!(description);
+        }
+        if options.allocation_depth {
+            export["allocation-depth"] = json!(true);
         }
         self.daemon.execute("block-export-add", export, &[])?;
         Ok(())

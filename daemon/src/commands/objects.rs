@@ -73,7 +73,7 @@ pub fn types() -> Vec<Definition> {
             [Member::required(
                 "identity",
                 Type::Str,
-                "The one identity: of a TLS client its certificate's distinguished name, such as `CN=host,O=Example`.",
+                "The one identity: of a TLS client its certificate's distinguished name, in its own order, such as `C=GB,O=Example,CN=host`.",
             )],
             "The one who may come in.",
         ),
