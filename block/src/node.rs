@@ -263,28 +263,24 @@ impl BlockNode {
         self.reaches(offset + len);
         let Units { head, whole, tail } = self.units(offset, len);
         for part in [head, tail] {
-            self.write_zero_data(part, flags)?;
+            if self.reads_as_zeroes(part.clone())? {
+                continue;
+            }
+            if flags.fast_only {
+                return Err(Errno::OPNOTSUPP.into());
+            }
+            self.write_zero_data(part)?;
         }
         if !whole.is_empty() {
             match self.driver.write_zeroes(whole.start, whole.end - whole.start, flags) {
-                Err(e) if is_unsupported(&e) && !flags.fast_only => self.write_zero_data(whole, flags)?,
+                Err(e) if is_unsupported(&e) && !flags.fast_only => self.write_zero_data(whole)?,
                 other => other?,
             }
         }
         if durable { self.flush() } else { Ok(()) }
     }
 
-    /// Writes zeroes as data, where there are none yet.
-    fn write_zero_data(&self, range: Range<u64>, flags: ZeroFlags) -> io::Result<()> {
-        if range.is_empty() {
-            return Ok(());
-        }
-        if self.reads_as_zeroes(range.clone())? {
-            return Ok(());
-        }
-        if flags.fast_only {
-            return Err(Errno::OPNOTSUPP.into());
-        }
+    fn write_zero_data(&self, range: Range<u64>) -> io::Result<()> {
         let zeroes = [0; ZERO_PIECE];
         let mut at = range.start;
         while at < range.end {
