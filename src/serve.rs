@@ -124,10 +124,10 @@ fn announce(served: &Served, uri: Option<&str>) -> std::io::Result<()> {
         let path = layer.image.path.display();
         writeln!(out, "{place}: {path} ({}, {} bytes, {rights})", inspection.format, inspection.virtual_size)?;
         if let Some(data_file) = &layer.data_file {
-            writeln!(out, "  data in: {} (read-only)", data_file.path.display())?;
+            writeln!(out, "  data in: {} ({rights})", data_file.path.display())?;
         }
     }
-    if let Some(notice) = chain.notice {
+    if let Some(notice) = &chain.notice {
         writeln!(out, "note: {notice}")?;
     }
     let read_only = chain.layers[0].image.rights == manager::opening::Rights::ReadOnly;

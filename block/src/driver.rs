@@ -36,6 +36,8 @@ pub struct DriverEntry {
     pub options: &'static [OptionSpec],
     /// Whether it takes a descriptor (QAPI's `filename`) instead of a node.
     pub takes_descriptor: bool,
+    /// Whether images of this format can be written.
+    pub writes: bool,
     /// Whether an image that starts with these 512 bytes looks like one of this format. Only the inspector asks.
     pub probe: fn(&[u8; 512]) -> bool,
     /// Reads and checks what is needed before the first request. Called confined, with every child in place.

@@ -53,6 +53,14 @@ impl Error {
         Error::new(ErrorKind::Invalid, text)
     }
 
+    /// The error for the data path: the host's errno where there is one.
+    pub fn into_io(self) -> io::Error {
+        match self.source {
+            Some(source) => source,
+            None => io::Error::other(self.text),
+        }
+    }
+
     /// A failed operation on a descriptor; `doing` completes "could not …".
     pub fn io(doing: &str, source: io::Error) -> Error {
         Error { kind: ErrorKind::Io, text: format!("Could not {doing}: {source}"), source: Some(source) }

@@ -25,6 +25,7 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
     children: &[],
     options: &[],
     takes_descriptor: true,
+    writes: true,
     probe: |_| false,
     open: |request| open(request, FileType::RegularFile),
 };

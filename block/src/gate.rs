@@ -73,6 +73,11 @@ impl Gate {
         self.turns.compare_exchange(turns, turns + 1, SeqCst, SeqCst).is_ok()
     }
 
+    /// Number of turns so far.
+    pub fn turns(&self) -> usize {
+        self.turns.load(SeqCst)
+    }
+
     /// Keeps others out and waits until those inside have left.
     pub fn close(&self) -> Closed<'_> {
         let alone = self.closing.lock().unwrap_or_else(PoisonError::into_inner);

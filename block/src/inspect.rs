@@ -11,6 +11,8 @@ pub struct Inspection {
     pub format: &'static str,
     /// Bytes that a guest sees.
     pub virtual_size: u64,
+    /// Whether it can be written.
+    pub writable: bool,
     /// The backing file's name.
     pub backing_name: Option<String>,
     /// The backing file's format.
@@ -33,8 +35,8 @@ pub fn inspect(file: &BlockNode, format: Option<&str>) -> Result<Inspection> {
             DRIVERS.iter().find(|entry| (entry.probe)(&start)).or_else(|| driver_named("raw"))
         }
     };
-    let format = match entry {
-        Some(entry) => entry.name,
+    let (format, writable) = match entry {
+        Some(entry) => (entry.name, entry.writes),
         None => {
             let known: Vec<&str> =
                 DRIVERS.iter().filter(|entry| !entry.takes_descriptor).map(|entry| entry.name).collect();
@@ -42,8 +44,14 @@ pub fn inspect(file: &BlockNode, format: Option<&str>) -> Result<Inspection> {
             return Err(Error::unsupported(format!("unknown format '{asked}'; there are {}", known.join(", "))));
         }
     };
-    let raw =
-        Inspection { format, virtual_size: file.len(), backing_name: None, backing_format: None, data_file_name: None };
+    let raw = Inspection {
+        format,
+        virtual_size: file.len(),
+        writable,
+        backing_name: None,
+        backing_format: None,
+        data_file_name: None,
+    };
     if format != "qcow2" {
         return Ok(raw);
     }

@@ -10,6 +10,7 @@
 
 mod alarm;
 mod claims;
+mod coalesce;
 mod driver;
 mod error;
 mod file;

@@ -20,6 +20,7 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
         OptionSpec { name: "size", kind: OptionKind::Size, summary: "bytes in the window, a multiple of 512" },
     ],
     takes_descriptor: false,
+    writes: true,
     probe: |_| false,
     open,
 };

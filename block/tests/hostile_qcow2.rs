@@ -280,8 +280,8 @@ fn dirty_and_corrupt_images_are_read() {
 }
 
 #[test]
-fn writing_is_refused_at_open() {
-    for (bits, reason) in [(0, "not supported by this version"), (2, "Image is corrupt; cannot be opened read/write")] {
+fn images_that_are_out_of_order_are_not_written() {
+    for (bits, reason) in [(1, "was not closed properly"), (2, "Image is corrupt; cannot be opened read/write")] {
         let mut image = Image::new();
         image.u64(72, bits);
         let mut graph = Graph::new();

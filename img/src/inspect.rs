@@ -51,6 +51,7 @@ fn inspect(image: std::os::fd::OwnedFd, format: Option<&str>) -> block::Result<V
     let mut answer = Map::from_iter([
         ("format".to_owned(), json!(found.format)),
         ("virtual-size".into(), json!(found.virtual_size)),
+        ("writable".into(), json!(found.writable)),
     ]);
     for (name, value) in
         [("backing", found.backing_name), ("backing-format", found.backing_format), ("data-file", found.data_file_name)]

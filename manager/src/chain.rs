@@ -41,7 +41,7 @@ pub struct Chain {
     /// At least one.
     pub layers: Vec<Layer>,
     /// Why the top is read-only although the user did not ask for it.
-    pub notice: Option<&'static str>,
+    pub notice: Option<String>,
 }
 
 /// Opens `path` and everything it is built from.
@@ -74,25 +74,27 @@ pub fn open(program: &Program, path: &std::path::Path, policy: &Policy) -> Resul
             return Err(Error::Image { path: image.path, text });
         }
         let inspection = program.inspect(&image.file, &image.path, format.as_deref())?;
-        let data_file = match &inspection.data_file {
-            Some(name) => Some(open_beneath(&roots, &base, name)?),
-            None => None,
-        };
+        let mut rights = Rights::ReadOnly;
         if layers.is_empty() && !policy.read_only {
-            if inspection.format == "raw" {
+            if inspection.writable {
                 let writable = open_named(&path, Rights::ReadWrite)?;
                 if writable.identity != image.identity {
                     return Err(Error::Refused(format!("'{}' was replaced while it was opened", path.display())));
                 }
                 image = writable;
+                rights = Rights::ReadWrite;
             } else {
-                notice = Some("only raw images can be written by this version; serving read-only");
+                notice = Some(format!("{} images can only be read; serving read-only", inspection.format));
             }
         }
+        let data_file = match &inspection.data_file {
+            Some(name) => Some(open_beneath(&roots, &base, name, rights)?),
+            None => None,
+        };
         let next = match &inspection.backing {
             None => None,
             Some(name) => {
-                let next = open_beneath(&roots, &base, name)?;
+                let next = open_beneath(&roots, &base, name, Rights::ReadOnly)?;
                 format = inspection.backing_format.clone().or_else(|| policy.backing_format.clone());
                 if format.is_none() {
                     return Err(Error::Refused(format!(

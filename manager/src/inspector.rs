@@ -23,6 +23,8 @@ pub struct Inspection {
     pub format: String,
     /// Bytes that a guest sees.
     pub virtual_size: u64,
+    /// Whether the driver can write such images.
+    pub writable: bool,
     /// The backing file's name.
     pub backing: Option<String>,
     /// The backing file's format.

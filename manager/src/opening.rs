@@ -43,13 +43,13 @@ pub fn open_named(path: &Path, rights: Rights) -> Result<Opened> {
     checked(fd, path.to_owned(), rights, true)
 }
 
-/// Opens `name`, which an image names, read-only: beneath one of `roots`, through no link of any kind.
+/// Opens `name`, which an image names: beneath one of `roots`, through no link of any kind.
 ///
 /// `base` is the directory of the image that names it, for a relative name.
 ///
 /// # Errors
 /// The name is no plain path, is no regular file, leads out of every root or through a link, or cannot be opened.
-pub fn open_beneath(roots: &[PathBuf], base: &Path, name: &str) -> Result<Opened> {
+pub fn open_beneath(roots: &[PathBuf], base: &Path, name: &str, rights: Rights) -> Result<Opened> {
     let shown = || name.escape_debug().to_string();
     if let Some((protocol, _)) = name.split_once(':').filter(|(protocol, _)| !protocol.contains('/')) {
         return Err(Error::Refused(format!(
@@ -70,9 +70,9 @@ pub fn open_beneath(roots: &[PathBuf], base: &Path, name: &str) -> Result<Opened
     let directory = rustix::fs::open(root, OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::PATH, Mode::empty())
         .map_err(|e| failed(root, e))?;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let fd = rustix::fs::openat2(&directory, inside, flags(Rights::ReadOnly), Mode::empty(), resolve)
-        .map_err(|e| failed(&path, e))?;
-    checked(fd, path, Rights::ReadOnly, false)
+    let fd =
+        rustix::fs::openat2(&directory, inside, flags(rights), Mode::empty(), resolve).map_err(|e| failed(&path, e))?;
+    checked(fd, path, rights, false)
 }
 
 /// O_NONBLOCK keeps a FIFO from holding us up; on regular files it means nothing.
@@ -149,14 +149,14 @@ mod tests {
         std::fs::write(base.join("base.raw"), [0; 512]).unwrap();
         std::fs::write(base.join("../outside.raw"), [0; 512]).unwrap();
         let roots = [base.clone()];
-        assert_eq!(open_beneath(&roots, &base, "base.raw").unwrap().rights, Rights::ReadOnly);
-        open_beneath(&roots, &base, base.join("base.raw").to_str().unwrap()).unwrap();
-        open_beneath(&roots, &base, "./x/../base.raw").unwrap();
+        assert_eq!(open_beneath(&roots, &base, "base.raw", Rights::ReadOnly).unwrap().rights, Rights::ReadOnly);
+        open_beneath(&roots, &base, base.join("base.raw").to_str().unwrap(), Rights::ReadOnly).unwrap();
+        open_beneath(&roots, &base, "./x/../base.raw", Rights::ReadOnly).unwrap();
         for outside in ["../outside.raw", "/etc/passwd", "x/../../outside.raw"] {
-            assert!(refusal(open_beneath(&roots, &base, outside)).contains("--allow"), "{outside}");
+            assert!(refusal(open_beneath(&roots, &base, outside, Rights::ReadOnly)).contains("--allow"), "{outside}");
         }
         let wider = [base.parent().unwrap().to_owned()];
-        open_beneath(&wider, &base, "../outside.raw").unwrap();
+        open_beneath(&wider, &base, "../outside.raw", Rights::ReadOnly).unwrap();
     }
 
     #[test]
@@ -177,13 +177,14 @@ mod tests {
             ("nbd:localhost:10809", "'nbd:' address"),
             ("missing", "No such file"),
         ] {
-            assert!(refusal(open_beneath(&roots, &base, name)).contains(why), "{name}");
+            assert!(refusal(open_beneath(&roots, &base, name, Rights::ReadOnly)).contains(why), "{name}");
         }
     }
 
     #[test]
     fn a_name_with_control_characters_is_escaped_in_messages() {
-        let text = refusal(open_beneath(&[PathBuf::from("/nowhere")], Path::new("/x"), "a\n\u{1b}[31m"));
+        let text =
+            refusal(open_beneath(&[PathBuf::from("/nowhere")], Path::new("/x"), "a\n\u{1b}[31m", Rights::ReadOnly));
         assert!(text.contains("a\\n\\u{1b}[31m"), "{text}");
     }
 }

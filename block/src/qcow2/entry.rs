@@ -18,9 +18,19 @@ pub const SUBCLUSTERS: u64 = 32;
 pub struct L1Entry(pub u64);
 
 impl L1Entry {
+    /// The entry for a table that nobody else uses.
+    pub fn exclusive(table: u64) -> L1Entry {
+        L1Entry(table | COPIED)
+    }
+
     /// Offset of the L2 table; 0 is none.
     pub fn offset(self) -> u64 {
         self.0 & OFFSET
+    }
+
+    /// Whether the table may be changed in place: no snapshot uses it.
+    pub fn is_exclusive(self) -> bool {
+        self.0 & COPIED != 0
     }
 }
 
@@ -52,7 +62,10 @@ pub enum Kind {
     Invalid,
 }
 
-/// What an image's header says about the meaning of entries.
+/// Bytes in a slice of an L2 table, unless a whole table is smaller.
+pub const SLICE_BYTES: u64 = 4096;
+
+/// What an image's header says about the meaning of entries, and the numbers that follow.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
     pub cluster_bits: u32,
@@ -61,7 +74,95 @@ pub struct Rules {
     pub external_data: bool,
 }
 
+impl Rules {
+    pub fn cluster_size(self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Bytes, as a power of two, of the smallest run that has a kind of its own: a cluster, or a subcluster.
+    pub fn unit_bits(self) -> u32 {
+        self.cluster_bits - if self.extended { SUBCLUSTERS.ilog2() } else { 0 }
+    }
+
+    pub fn units_per_cluster(self) -> u64 {
+        if self.extended { SUBCLUSTERS } else { 1 }
+    }
+
+    /// Words in an L2 entry.
+    pub fn entry_words(self) -> u64 {
+        if self.extended { 2 } else { 1 }
+    }
+
+    /// Entries in an L2 table, which is one cluster.
+    pub fn l2_entries(self) -> u64 {
+        self.cluster_size() / 8 / self.entry_words()
+    }
+
+    /// Words in a slice.
+    pub fn slice_words(self) -> u64 {
+        SLICE_BYTES.min(self.cluster_size()) / 8
+    }
+
+    /// Entries in a slice.
+    pub fn slice_entries(self) -> u64 {
+        self.slice_words() / self.entry_words()
+    }
+
+    /// Slices in a table.
+    pub fn slices_per_table(self) -> u64 {
+        self.l2_entries() / self.slice_entries()
+    }
+}
+
 impl L2Entry {
+    /// Neither data nor zeroes: the layer below decides.
+    pub const UNALLOCATED: L2Entry = L2Entry { word: 0, bitmap: 0 };
+
+    /// A cluster stored at `place`, which nobody else uses.
+    pub fn stored(place: u64, rules: Rules) -> L2Entry {
+        L2Entry { word: place | COPIED, bitmap: if rules.extended { 0xffff_ffff } else { 0 } }
+    }
+
+    /// A cluster of zeroes; `place`, if there is one, stays its own.
+    pub fn zero(place: Option<u64>, rules: Rules) -> L2Entry {
+        let word = place.map_or(0, |place| place | COPIED);
+        if rules.extended {
+            L2Entry { word, bitmap: 0xffff_ffff << SUBCLUSTERS }
+        } else {
+            L2Entry { word: word | ZERO, bitmap: 0 }
+        }
+    }
+
+    /// `len` bytes of compressed data at `offset`; `None` if the entry has no room for such an offset.
+    pub fn compressed(offset: u64, len: u64, cluster_bits: u32) -> Option<L2Entry> {
+        let shift = 62 - (cluster_bits - 8);
+        let sectors = (offset + len - 1) / 512 - offset / 512;
+        (offset >> shift == 0).then_some(L2Entry { word: COMPRESSED | sectors << shift | offset, bitmap: 0 })
+    }
+
+    /// The host cluster that it owns or shares, whether its content counts or not.
+    pub fn place(self, rules: Rules) -> Option<u64> {
+        let offset = self.word & OFFSET;
+        let is_one = offset != 0 || (rules.external_data && self.word & COPIED != 0);
+        (is_one && !self.is_compressed() && offset.is_multiple_of(rules.cluster_size())).then_some(offset)
+    }
+
+    /// Whether the place may be written: no snapshot uses it.
+    pub fn is_exclusive(self) -> bool {
+        self.word & COPIED != 0
+    }
+
+    pub fn is_compressed(self) -> bool {
+        self.word & COMPRESSED != 0
+    }
+
+    /// The entry with the units of `stored` as data and those of `zero` as zeroes; the other units stay.
+    pub fn with_units(self, stored: u32, zero: u32) -> L2Entry {
+        let changed = u64::from(stored | zero);
+        let kept = self.bitmap & !(changed | changed << SUBCLUSTERS);
+        L2Entry { bitmap: kept | u64::from(stored) | u64::from(zero) << SUBCLUSTERS, ..self }
+    }
+
     /// What `subcluster` (0 without extended entries) is.
     pub fn kind(self, subcluster: u64, rules: Rules) -> Kind {
         if self.word & COMPRESSED != 0 {

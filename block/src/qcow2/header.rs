@@ -15,21 +15,30 @@ use crate::{BlockNode, Error, Result, Wait};
 /// First four bytes.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 
+/// Places of fields that change while an image is in use, in bytes. None crosses a sector.
+pub const AT_SIZE: u64 = 24;
+/// Entries (4 bytes) and offset (8 bytes).
+pub const AT_L1: u64 = 36;
+/// Offset (8 bytes) and clusters (4 bytes).
+pub const AT_REFCOUNT_TABLE: u64 = 48;
+pub const AT_INCOMPATIBLE: u64 = 72;
+pub const AT_AUTOCLEAR: u64 = 88;
+
 /// Incompatible feature bits.
-const DIRTY: u64 = 1 << 0;
-const CORRUPT: u64 = 1 << 1;
+pub const DIRTY: u64 = 1 << 0;
+pub const CORRUPT: u64 = 1 << 1;
 const DATA_FILE: u64 = 1 << 2;
 const COMPRESSION: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 const KNOWN: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
 /// A compatible feature bit.
 const LAZY_REFCOUNTS: u64 = 1 << 0;
-/// An autoclear feature bit.
-const DATA_FILE_RAW: u64 = 1 << 1;
+/// Autoclear feature bits.
+pub const DATA_FILE_RAW: u64 = 1 << 1;
 
 /// Limits, as in QEMU.
-const MAX_L1_BYTES: u64 = 32 << 20;
-const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+pub const MAX_L1_BYTES: u64 = 32 << 20;
+pub const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_NAME: u32 = 1023;
 
@@ -58,7 +67,17 @@ pub struct Header {
     pub l1_offset: u64,
     /// Entries that the virtual size needs; the table has at least these.
     pub l1_entries: u32,
-    pub refcount_bits: u32,
+    /// Entries that the table has.
+    pub l1_room: u32,
+    pub refcount_table_offset: u64,
+    /// Clusters of the refcount table.
+    pub refcount_table_clusters: u32,
+    /// A refcount has 2^order bits.
+    pub refcount_order: u32,
+    pub snapshots: u32,
+    pub snapshots_offset: u64,
+    pub incompatible: u64,
+    pub autoclear: u64,
     pub dirty: bool,
     pub corrupt: bool,
     pub external_data: bool,
@@ -135,7 +154,14 @@ impl Header {
             size: size(u64_at(&start, 24))?,
             l1_offset: u64_at(&start, 40),
             l1_entries: 0,
-            refcount_bits: 1 << refcount_order,
+            l1_room: u32_at(&start, 36),
+            refcount_table_offset: u64_at(&start, 48),
+            refcount_table_clusters: u32_at(&start, 56),
+            refcount_order,
+            snapshots: u32_at(&start, 60),
+            snapshots_offset: u64_at(&start, 64),
+            incompatible,
+            autoclear: v3(u64_at(&start, 88)),
             dirty: incompatible & DIRTY != 0,
             corrupt: incompatible & CORRUPT != 0,
             external_data: incompatible & DATA_FILE != 0,
@@ -155,14 +181,18 @@ impl Header {
         if header.data_file_raw && !header.external_data {
             return Err(Error::corrupt("data-file-raw requires an external data file"));
         }
-        header.check_refcount_table(u64_at(&start, 48), u32_at(&start, 56))?;
-        header.check_snapshot_table(u64_at(&start, 64), u32_at(&start, 60))?;
-        let l1_entries = header.check_l1(u32_at(&start, 36))?;
+        header.check_refcount_table(header.refcount_table_offset, header.refcount_table_clusters)?;
+        header.check_snapshot_table(header.snapshots_offset, header.snapshots)?;
+        let l1_entries = header.check_l1(header.l1_room)?;
         Ok(Header { l1_entries, ..header })
     }
 
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    pub fn refcount_bits(&self) -> u32 {
+        1 << self.refcount_order
     }
 
     /// Bytes in an L2 entry.

@@ -23,6 +23,11 @@ impl Inflated {
         Inflated { cluster_size, kept: Mutex::default() }
     }
 
+    /// Forgets what is kept of the cluster whose data stands at `offset`.
+    pub fn forget(&self, offset: u64) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).retain(|(key, _)| *key != offset);
+    }
+
     /// The content of the cluster whose data stands at `offset`, made by `load` if it is not kept.
     pub fn cluster(&self, offset: u64, load: impl FnOnce() -> io::Result<Vec<u8>>) -> io::Result<Arc<[u8]>> {
         {

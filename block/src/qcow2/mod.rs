@@ -1,277 +1,229 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The driver `qcow2`: QEMU's copy-on-write format, versions 2 and 3, read-only.
+//! The driver `qcow2`: QEMU's copy-on-write format, versions 2 and 3.
 //!
-//! A guest offset is split into an L1 index, an L2 index and an offset in a cluster. The L1 table is in memory from the start,
-//! L2 tables come [slice](slices) by slice. [`Qcow2::map`] turns entries into runs as long as they are contiguous, so that a
-//! large read of a well-laid image is one `preadv2` on the host.
+//! A guest offset is split into an L1 index, an L2 index and an offset in a cluster. The [L1 table](l1) is in memory from the
+//! start, L2 tables come [slice](slices) by slice. [`Driver::map`] turns entries into runs as long as they are contiguous, so that
+//! a large read of a well-laid image is one `preadv2` on the host.
 //!
+//! [`write`] gives out room and names it, [`zero`] says zeroes without data, and both change [memory](meta) alone;
+//! [`flush`] brings that to disk in the order that a crash cannot hurt. [`refcounts`] knows which host clusters are free.
 //! [`header`] has every rule by which an image is refused, [`entry`] the bits of the tables, [`inflate`] compressed clusters.
 //! Names that the image holds are never followed.
 
+mod compress;
 mod entry;
+mod flush;
 pub(crate) mod header;
 mod inflate;
+mod l1;
+mod meta;
+mod opening;
+mod refcounts;
+mod resize;
 mod slices;
+mod tables;
+mod write;
+mod zero;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
+use crate::alarm::{Alarm, Corruption};
 use crate::claims::Writes;
+use crate::coalesce::Coalesced;
 use crate::driver::{
-    Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared,
-    Target, ZeroFlags,
+    Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OptionKind, OptionSpec, Prepared, Target, ZeroFlags,
 };
-use crate::{BlockNode, Error, Result, Wait};
-use entry::{Kind, L1Entry, L2Entry, Rules, SUBCLUSTERS};
+use crate::gate::{Gate, Hold};
+use crate::{BlockNode, Preallocation, Result, Wait};
+use entry::{Kind, L2Entry, Rules};
 use header::{Compression, Header};
 use inflate::Inflated;
-use slices::{SLICE_BYTES, Slices};
+use l1::L1;
+use meta::Meta;
+use slices::Slices;
+use tables::Purpose;
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {
     name: "qcow2",
-    summary: "QEMU's copy-on-write format, versions 2 and 3; read-only in this version",
+    summary: "QEMU's copy-on-write format, versions 2 and 3",
     children: &[
         ChildSpec { name: "file", required: true, writes: Writes::Metadata },
         ChildSpec { name: "backing", required: false, writes: Writes::Never },
         ChildSpec { name: "data-file", required: false, writes: Writes::Metadata },
     ],
-    options: &[OptionSpec {
-        name: "l2-cache-size",
-        kind: OptionKind::Size,
-        summary: "most bytes of L2 tables in memory, default 32 MiB",
-    }],
+    options: &[
+        OptionSpec {
+            name: "l2-cache-size",
+            kind: OptionKind::Size,
+            summary: "most bytes of L2 tables in memory, default 32 MiB",
+        },
+        OptionSpec {
+            name: "discard-no-unref",
+            kind: OptionKind::Bool,
+            summary: "discarded clusters keep their place in the file, so that it does not fragment",
+        },
+    ],
     takes_descriptor: false,
+    writes: true,
     probe: |start| start.starts_with(&header::MAGIC),
-    open,
+    open: opening::open,
 };
 
-/// Most bytes of L2 tables in memory, unless the caller says otherwise: QEMU's default.
-const L2_CACHE: u64 = 32 << 20;
-
-struct Qcow2 {
+/// An open image.
+pub(crate) struct Qcow2 {
+    node_name: String,
     header: Header,
     rules: Rules,
     file: Arc<BlockNode>,
     /// Where plain clusters are: the external data file, or `file`.
     data: Arc<BlockNode>,
     backing: Option<Arc<BlockNode>>,
-    l1: Box<[L1Entry]>,
+    discard_no_unref: bool,
+    alarm: Alarm,
+    /// Bytes that a guest sees.
+    size: AtomicU64,
+    l1: L1,
+    l1_offset: AtomicU64,
     slices: Slices,
     inflated: Inflated,
-}
-
-fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
-    let file = request.child("file")?;
-    let header = Header::read(&file)?;
-    if request.writable {
-        return Err(cannot_write(&header));
-    }
-    let backing = request.children.get("backing").cloned();
-    if let (Some(name), None, false) = (&header.backing_name, &backing, request.detached.contains("backing")) {
-        return Err(Error::invalid(format!(
-            "the image names '{}' as its backing file, and names in images are never followed: give 'backing' a node, or null \
-             to read what only the backing file holds as zeroes",
-            name.escape_debug()
-        )));
-    }
-    let data = match (request.children.get("data-file").cloned(), header.external_data) {
-        (None, false) => Arc::clone(&file),
-        (Some(data), true) => data,
-        (None, true) => {
-            let name = header.data_file_name.as_deref().unwrap_or_default().escape_debug();
-            return Err(Error::invalid(format!("'data-file' is required for this image (it names '{name}')")));
-        }
-        (Some(_), false) => {
-            return Err(Error::invalid("'data-file' can only be set for images with an external data file"));
-        }
-    };
-    let l1 = read_l1(&file, &header)?;
-    let words = usize::try_from((SLICE_BYTES as u64).min(header.cluster_size()) / 8).unwrap_or(1);
-    let covered = words as u64 * 8 / header.l2_entry_size() * header.cluster_size();
-    let budget = request.size("l2-cache-size").unwrap_or(L2_CACHE);
-    let rules = Rules {
-        cluster_bits: header.cluster_bits,
-        version: header.version,
-        extended: header.extended_l2,
-        external_data: header.external_data,
-    };
-    Ok(Box::new(Qcow2 {
-        slices: Slices::new(header.size.div_ceil(covered), words, budget),
-        inflated: Inflated::new(1 << header.cluster_bits),
-        header,
-        rules,
-        file,
-        data,
-        backing,
-        l1,
-    }))
-}
-
-fn cannot_write(header: &Header) -> Error {
-    Error::unsupported(if header.corrupt {
-        "qcow2: Image is corrupt; cannot be opened read/write"
-    } else {
-        "writing qcow2 is not supported by this version; open it with read-only"
-    })
-}
-
-/// At most 32 MiB, which the header's check has made sure of.
-fn read_l1(file: &BlockNode, header: &Header) -> Result<Box<[L1Entry]>> {
-    let mut bytes = vec![0; header.l1_entries as usize * 8];
-    file.read_or_zero(&mut bytes, header.l1_offset, Wait::Allowed).map_err(|e| Error::io("read the L1 table", e))?;
-    Ok(bytes.as_chunks::<8>().0.iter().map(|word| L1Entry(u64::from_be_bytes(*word))).collect())
-}
-
-/// A run of units of one kind, from the first unit asked for.
-struct Run {
-    kind: Kind,
-    /// The entry of the first cluster.
-    entry: L2Entry,
-    units: u64,
+    /// Whether requests must be counted: places change hands.
+    writable: AtomicBool,
+    /// Requests that look at the mapping or use what they saw.
+    gate: Gate,
+    meta: Mutex<Meta>,
+    /// A flight has landed.
+    landed: Condvar,
+    flushes: Coalesced,
+    /// Held while memory goes to disk. Taken before `meta`.
+    writing_back: Mutex<()>,
 }
 
 impl Qcow2 {
-    /// Bytes in the smallest unit that has a kind of its own: a cluster, or a subcluster.
-    fn unit_bits(&self) -> u32 {
-        self.header.cluster_bits - if self.header.extended_l2 { SUBCLUSTERS.ilog2() } else { 0 }
+    fn meta(&self) -> MutexGuard<'_, Meta> {
+        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The run of units from `first` on (numbered over the whole disk), at most `most`, all within the slice of `first`.
-    fn run(&self, word: &dyn Fn(usize) -> u64, first: u64, most: u64) -> Run {
-        let per_cluster = 1u64 << (self.header.cluster_bits - self.unit_bits());
-        let words_per_entry = self.header.l2_entry_size() / 8;
-        let in_slice = self.slice_words() / words_per_entry;
-        let unit = |unit: u64| {
-            let index = unit / per_cluster % in_slice * words_per_entry;
-            let at = |index: u64| word(usize::try_from(index).unwrap_or(usize::MAX));
-            let bitmap = if self.header.extended_l2 { at(index + 1) } else { 0 };
-            let entry = L2Entry { word: at(index), bitmap };
-            (entry, entry.kind(unit % per_cluster, self.rules))
-        };
-        let (entry, kind) = unit(first);
-        let slice_end = (first / (per_cluster * in_slice) + 1) * per_cluster * in_slice;
-        let end = slice_end.min(first.saturating_add(most));
-        let start_cluster = first / per_cluster;
-        let mut next = first + 1;
-        while next < end {
-            let continues = match (kind, unit(next).1) {
-                (Kind::Stored(start), Kind::Stored(here)) => {
-                    start.checked_add((next / per_cluster - start_cluster) << self.header.cluster_bits) == Some(here)
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn check_writable(&self, meta: &Meta) -> io::Result<()> {
+        match (&meta.refcounts, meta.corrupt) {
+            (Some(_), false) => Ok(()),
+            (Some(_), true) => Err(Errno::IO.into()),
+            (None, _) => Err(Errno::ROFS.into()),
+        }
+    }
+
+    /// The image breaks the rules: it is marked, said, and not written any more. The error of the request.
+    fn corrupt(&self, meta: &mut Meta, text: String, offset: Option<u64>) -> io::Error {
+        if meta.refcounts.is_some() && !meta.corrupt {
+            meta.corrupt = true;
+            if self.rules.version > 2 {
+                let field = (self.header.incompatible | header::CORRUPT).to_be_bytes();
+                let marked = self.file.write(&field, header::AT_INCOMPATIBLE, false).and_then(|()| self.file.flush());
+                if let Err(e) = marked {
+                    tracing::warn!(node = self.node_name, "the image could not be marked as corrupt: {e}");
                 }
-                // A compressed cluster is inflated by itself.
-                (Kind::Compressed, Kind::Compressed) => next / per_cluster == start_cluster,
-                (Kind::Zero, Kind::Zero) | (Kind::Unallocated, Kind::Unallocated) => true,
-                _ => false,
-            };
-            if !continues {
-                break;
             }
-            next += 1;
+            let size = offset.map(|_| self.rules.cluster_size());
+            let node_name = self.node_name.clone();
+            self.alarm.raise(Corruption { node_name, text, offset, size, fatal: true });
+            self.landed.notify_all();
         }
-        Run { kind, entry, units: next - first }
+        Errno::IO.into()
     }
 
-    fn slice_words(&self) -> u64 {
-        (SLICE_BYTES as u64).min(self.header.cluster_size()) / 8
-    }
-
-    /// The run at `offset`, from memory or from the file.
-    fn look_up(&self, offset: u64, len: u64, wait: Wait) -> io::Result<Run> {
-        let unit_bits = self.unit_bits();
-        let first = offset >> unit_bits;
-        let most = ((offset + len - 1) >> unit_bits) - first + 1;
-        let cluster = offset >> self.header.cluster_bits;
-        let entries = self.header.l2_entries();
-        let (l1_index, l2_index) = (cluster / entries, cluster % entries);
-        let table = usize::try_from(l1_index).ok().and_then(|index| self.l1.get(index)).ok_or(Errno::IO)?.offset();
-        if table == 0 {
-            let units_left = (l1_index + 1) * entries * (1 << (self.header.cluster_bits - unit_bits)) - first;
-            let entry = L2Entry { word: 0, bitmap: 0 };
-            return Ok(Run { kind: Kind::Unallocated, entry, units: most.min(units_left) });
-        }
-        if !table.is_multiple_of(self.header.cluster_size()) {
-            return Err(Errno::IO.into());
-        }
-        let slice_words = self.slice_words();
-        let entries_in_slice = slice_words * 8 / self.header.l2_entry_size();
-        let number = cluster / entries_in_slice;
-        if let Some(run) = self.slices.with(number, |word| self.run(word, first, most)) {
-            return Ok(run);
-        }
-        let mut bytes = [0; SLICE_BYTES];
-        let bytes = &mut bytes[..usize::try_from(slice_words * 8).unwrap_or(0)];
-        let slice_offset = table + l2_index / entries_in_slice * slice_words * 8;
-        self.file.read_or_zero(bytes, slice_offset, wait)?;
-        let content: Vec<u64> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
-        self.slices.fill(number, &content);
-        Ok(self.run(&|index| content.get(index).copied().unwrap_or(0), first, most))
+    /// The content of a compressed cluster.
+    fn inflate(&self, entry: L2Entry) -> io::Result<Arc<[u8]>> {
+        let (at, len) = entry.compressed_range(self.rules.cluster_bits);
+        let cluster_size = 1usize << self.rules.cluster_bits;
+        self.inflated.cluster(at, || {
+            // A compressed cluster is never longer than twice a cluster: the width of its length field sees to that.
+            let mut stored = vec![0; usize::try_from(len).map_err(|_| Errno::IO)?];
+            self.file.read_or_zero(&mut stored, at, Wait::Allowed)?;
+            inflate::inflate(self.header.compression, &stored, cluster_size)
+        })
     }
 }
 
 impl Driver for Qcow2 {
     fn len(&self) -> u64 {
-        self.header.size
+        self.size()
     }
 
     fn map(&self, offset: u64, len: u64, ask: Ask) -> io::Result<Mapping<'_>> {
-        let Run { kind, units, .. } = self.look_up(offset, len, ask.wait)?;
-        let unit_bits = self.unit_bits();
-        let end = ((offset >> unit_bits) + units) << unit_bits;
-        let len = len.min(end - offset);
-        let target = match kind {
+        let hold = if self.writable.load(Ordering::Relaxed) { self.gate.enter() } else { Hold::NONE };
+        let run = self.look_up(offset, len, ask.wait, Purpose::Read)?;
+        let unit_bits = self.rules.unit_bits();
+        let end = ((offset >> unit_bits) + run.units) << unit_bits;
+        let target = match run.kind {
             Kind::Unallocated => match &self.backing {
                 Some(node) => Target::Child { node, offset },
                 None => Target::Absent,
             },
             Kind::Zero => Target::Zero,
             Kind::Stored(cluster) => {
-                let inside = offset & (self.header.cluster_size() - 1);
+                let inside = offset & (self.rules.cluster_size() - 1);
                 Target::Data { node: &self.data, offset: cluster + inside }
             }
             Kind::Compressed => Target::Computed,
-            Kind::Invalid => return Err(Errno::IO.into()),
+            Kind::Invalid => {
+                return Err(self.corrupt(&mut self.meta(), "an L2 entry breaks the rules".into(), None));
+            }
         };
-        Ok(Mapping::fixed(target, len))
+        Ok(Mapping { target, len: len.min(end - offset), hold })
     }
 
     fn read_computed(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let run = self.look_up(offset, buf.len() as u64, Wait::Allowed)?;
+        let run = self.look_up(offset, buf.len() as u64, Wait::Allowed, Purpose::Read)?;
         if run.kind != Kind::Compressed {
             return Err(Errno::IO.into());
         }
-        let (at, len) = run.entry.compressed_range(self.header.cluster_bits);
-        let cluster_size = 1usize << self.header.cluster_bits;
-        let cluster = self.inflated.cluster(at, || {
-            // A compressed cluster is never longer than twice a cluster: the width of its length field sees to that.
-            let mut stored = vec![0; usize::try_from(len).map_err(|_| Errno::IO)?];
-            self.file.read_or_zero(&mut stored, at, Wait::Allowed)?;
-            inflate::inflate(self.header.compression, &stored, cluster_size)
-        })?;
-        let inside = usize::try_from(offset).unwrap_or(usize::MAX) & (cluster_size - 1);
+        let cluster = self.inflate(run.entry)?;
+        let inside = usize::try_from(offset & (self.rules.cluster_size() - 1)).unwrap_or(usize::MAX);
         buf.copy_from_slice(cluster.get(inside..inside + buf.len()).ok_or(Errno::IO)?);
         Ok(())
     }
 
-    fn prepare_write(&self, _: u64, _: u64) -> io::Result<Prepared<'_>> {
-        Err(Errno::ROFS.into())
+    fn prepare_write(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
+        self.prepare(offset, len)
     }
 
-    fn write_zeroes(&self, _: u64, _: u64, _: ZeroFlags) -> io::Result<()> {
-        Err(Errno::ROFS.into())
+    fn zero_unit(&self) -> u64 {
+        1 << self.rules.unit_bits()
     }
 
-    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
-        Err(Errno::ROFS.into())
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
+        self.zero(offset, len, flags)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.drop_units(offset, len)
     }
 
     fn flush(&self) -> io::Result<()> {
-        Ok(())
+        self.flush_all()
+    }
+
+    fn write_compressed(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.store_compressed(buf, offset)
+    }
+
+    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        self.change_size(len, preallocation)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.settle()
     }
 
     fn reopen(&self, writable: bool) -> Result<()> {
-        if writable { Err(cannot_write(&self.header)) } else { Ok(()) }
+        if writable { self.begin_writing() } else { self.end_writing() }
     }
 
     fn info(&self) -> Info {
@@ -285,10 +237,10 @@ impl Driver for Qcow2 {
         specifics.push(("compression-type", text(compression)));
         if header.version == 3 {
             specifics.push(("lazy-refcounts", InfoValue::Bool(header.lazy_refcounts)));
-            specifics.push(("corrupt", InfoValue::Bool(header.corrupt)));
+            specifics.push(("corrupt", InfoValue::Bool(header.corrupt || self.meta().corrupt)));
             specifics.push(("extended-l2", InfoValue::Bool(header.extended_l2)));
         }
-        specifics.push(("refcount-bits", InfoValue::Int(header.refcount_bits.into())));
+        specifics.push(("refcount-bits", InfoValue::Int(header.refcount_bits().into())));
         if let Some(name) = &header.data_file_name {
             specifics.push(("data-file", text(name)));
             specifics.push(("data-file-raw", InfoValue::Bool(header.data_file_raw)));
@@ -301,6 +253,14 @@ impl Driver for Qcow2 {
             backing_format: header.backing_format.clone(),
             data_file_name: header.data_file_name.clone(),
             specifics,
+        }
+    }
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        if let Err(e) = self.settle() {
+            tracing::error!(node = self.node_name, "what was not flushed is lost: {e}");
         }
     }
 }

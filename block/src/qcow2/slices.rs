@@ -8,9 +8,6 @@
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// Bytes in a slice, unless a whole L2 table is smaller.
-pub const SLICE_BYTES: usize = 4096;
-
 pub struct Slices {
     slots: Box<[Slot]>,
     /// Words in a slice.
@@ -40,7 +37,8 @@ impl Slices {
     pub fn with<T>(&self, number: u64, look: impl FnOnce(&dyn Fn(usize) -> u64) -> T) -> Option<T> {
         let slot = self.slot(number);
         let words = slot.words.get()?;
-        let before = slot.sequence.load(Ordering::Acquire);
+        // Ordered against the counting of requests: see `Gate`.
+        let before = slot.sequence.load(Ordering::SeqCst);
         if before % 2 == 1 || slot.tag.load(Ordering::Relaxed) != number + 1 {
             return None;
         }
@@ -61,7 +59,36 @@ impl Slices {
         for (word, &value) in words.iter().zip(content) {
             word.store(value, Ordering::Relaxed);
         }
-        slot.sequence.store(sequence + 2, Ordering::Release);
+        slot.sequence.store(sequence + 2, Ordering::SeqCst);
+    }
+
+    /// Changes words of slice `number` from word `at` on, if it is there.
+    pub fn update(&self, number: u64, at: usize, changed: &[u64]) {
+        let slot = self.slot(number);
+        let _filling = slot.filling.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(words) = slot.words.get() else { return };
+        if slot.tag.load(Ordering::Relaxed) != number + 1 {
+            return;
+        }
+        let sequence = slot.sequence.load(Ordering::Relaxed);
+        slot.sequence.store(sequence + 1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        for (word, &value) in words.iter().skip(at).zip(changed) {
+            word.store(value, Ordering::Relaxed);
+        }
+        slot.sequence.store(sequence + 2, Ordering::SeqCst);
+    }
+
+    /// Forgets every slice.
+    pub fn clear(&self) {
+        for slot in &self.slots {
+            let _filling = slot.filling.lock().unwrap_or_else(PoisonError::into_inner);
+            let sequence = slot.sequence.load(Ordering::Relaxed);
+            slot.sequence.store(sequence + 1, Ordering::Relaxed);
+            fence(Ordering::Release);
+            slot.tag.store(0, Ordering::Relaxed);
+            slot.sequence.store(sequence + 2, Ordering::SeqCst);
+        }
     }
 
     fn slot(&self, number: u64) -> &Slot {

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! From memory to disk, in the order that keeps the promise: after a crash at any moment everything flushed is there, and
+//! nothing in the image names a cluster that is not its own. Leaked clusters are all that a crash can leave.
+//!
+//! ```text
+//!  1  data (written by the requests themselves), refcount pages, room at the end of the file        then: fdatasync
+//!     (new refcount blocks are on disk before the refcount table names them: one fdatasync more, seldom)
+//!  2  L2 slices and L1 entries                                                                      then: fdatasync
+//!  3  what no mapping names any more may be given back: counts go down in memory, for the next time
+//! ```
+//!
+//! A new L2 table is initialised before step 1, so in step 2 its slices and the L1 entry that names it need no order. A write in
+//! step 2 may tear between sectors: an entry never lies in two.
+//!
+//! What is given back waits for two turns of the [gate](crate::gate) more, until no request is under way that saw the old mapping.
+//! Counts that are too high after a crash are leaks.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::Qcow2;
+use super::entry::{Kind, L1Entry};
+use super::meta::{Meta, Unnamed};
+use super::refcounts::Refused;
+use crate::Preallocation;
+
+/// What one round writes: a consistent picture of a moment.
+struct Round {
+    /// Host offset and bytes.
+    pages: Vec<(u64, u64, Box<[u8]>)>,
+    /// Refcount table: index and entry.
+    blocks: Vec<(usize, u64)>,
+    table_offset: u64,
+    /// Number, host offset and words.
+    slices: Vec<(u64, u64, Arc<[u64]>)>,
+    l1: BTreeMap<usize, L1Entry>,
+    unnamed: Vec<Unnamed>,
+    /// Where the file must end at least.
+    end: u64,
+}
+
+impl Qcow2 {
+    /// Everything acknowledged is on stable storage on return. Callers at the same time share the work.
+    pub fn flush_all(&self) -> io::Result<()> {
+        self.flushes.run(|| self.write_back())
+    }
+
+    /// Writes what has changed, with data first. One at a time.
+    pub fn write_back(&self) -> io::Result<()> {
+        let _order = self.writing_back.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.write_round()
+    }
+
+    fn write_round(&self) -> io::Result<()> {
+        let round = self.begin_round()?;
+        let Some(round) = round else { return self.flush_data() };
+        let outcome = self.write(&round);
+        let mut meta = self.meta();
+        match outcome {
+            Ok(()) => {
+                meta.writing.clear();
+                meta.written += 1;
+                let turns = self.gate.turns();
+                if !round.unnamed.is_empty() {
+                    meta.limbo.push((turns, round.unnamed));
+                }
+                self.give_back(&mut meta)
+            }
+            Err(e) => {
+                undo(&mut meta, round);
+                Err(e)
+            }
+        }
+    }
+
+    fn flush_data(&self) -> io::Result<()> {
+        self.data.flush()?;
+        if self.rules.external_data { self.file.flush() } else { Ok(()) }
+    }
+
+    /// Takes a picture of what has changed; `None` if nothing has.
+    fn begin_round(&self) -> io::Result<Option<Round>> {
+        let mut meta = self.meta();
+        self.give_back(&mut meta)?;
+        if meta.is_clean() {
+            return Ok(None);
+        }
+        if meta.refcounts.is_none() {
+            return Err(Errno::ROFS.into());
+        }
+        let dirty = std::mem::take(&mut meta.dirty);
+        let mut slices = Vec::with_capacity(dirty.len());
+        for (number, words) in dirty {
+            let words: Arc<[u64]> = words.into();
+            let table = self.l1_entry(number / self.rules.slices_per_table()).offset();
+            slices.push((number, table + self.slice_in_table(number), Arc::clone(&words)));
+            meta.writing.insert(number, words);
+        }
+        // Runs on disk in one direction.
+        slices.sort_by_key(|(_, offset, _)| *offset);
+        let (l1, unnamed) = (std::mem::take(&mut meta.dirty_l1), std::mem::take(&mut meta.unnamed));
+        let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS)?;
+        let dirty_pages = std::mem::take(&mut counts.dirty_pages);
+        let pages = dirty_pages
+            .into_iter()
+            .filter_map(|page| Some((page, counts.page_offset(page)?, counts.page(page)?.to_vec().into_boxed_slice())));
+        let pages = pages.collect();
+        let dirty_table = std::mem::take(&mut counts.dirty_table);
+        let blocks = dirty_table.into_iter().map(|index| (index, counts.table[index])).collect();
+        let (table_offset, end) = (counts.table_offset, counts.end());
+        Ok(Some(Round { pages, blocks, table_offset, slices, l1, unnamed, end }))
+    }
+
+    fn write(&self, round: &Round) -> io::Result<()> {
+        if self.file.len() < round.end {
+            self.file.resize(round.end, Preallocation::Off).map_err(crate::Error::into_io)?;
+        }
+        for (_, offset, bytes) in &round.pages {
+            self.file.write_growing(bytes, *offset, false)?;
+        }
+        if !round.blocks.is_empty() {
+            self.file.flush()?;
+            for &(index, block) in &round.blocks {
+                self.file.write_growing(&block.to_be_bytes(), round.table_offset + index as u64 * 8, false)?;
+            }
+        }
+        self.flush_data()?;
+        if round.slices.is_empty() && round.l1.is_empty() {
+            return Ok(());
+        }
+        for (_, offset, words) in &round.slices {
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+            self.file.write_growing(&bytes, *offset, false)?;
+        }
+        let l1_offset = self.l1_offset.load(std::sync::atomic::Ordering::Relaxed);
+        for (&index, entry) in &round.l1 {
+            self.file.write_growing(&entry.0.to_be_bytes(), l1_offset + index as u64 * 8, false)?;
+        }
+        self.file.flush()
+    }
+
+    /// Gives back what no request can see any more.
+    fn give_back(&self, meta: &mut Meta) -> io::Result<()> {
+        if meta.limbo.is_empty() {
+            return Ok(());
+        }
+        while self.gate.turn() && meta.limbo.iter().any(|(since, _)| self.gate.turns() < since + 2) {}
+        let turns = self.gate.turns();
+        let (over, waiting) = std::mem::take(&mut meta.limbo).into_iter().partition(|(since, _)| turns >= since + 2);
+        meta.limbo = waiting;
+        let over: Vec<(usize, Vec<Unnamed>)> = over;
+        for unnamed in over.into_iter().flat_map(|(_, unnamed)| unnamed) {
+            self.release(meta, unnamed)?;
+        }
+        Ok(())
+    }
+
+    /// One user less for the clusters of some host bytes; the host file gets back those that have none left.
+    fn release(&self, meta: &mut Meta, unnamed: Unnamed) -> io::Result<()> {
+        let bits = self.rules.cluster_bits;
+        let Unnamed { offset, len, stays_of } = unnamed;
+        if let Some(cluster) = stays_of {
+            // Somebody may have written there again.
+            let entry = self.entry(meta, cluster)?;
+            let is_unused = meta.check_flights(cluster).is_ok()
+                && (0..self.rules.units_per_cluster())
+                    .all(|unit| matches!(entry.kind(unit, self.rules), Kind::Zero | Kind::Unallocated));
+            if is_unused {
+                self.discard_host(offset, len);
+            }
+            return Ok(());
+        }
+        for cluster in offset >> bits..=(offset + len - 1) >> bits {
+            let Some(counts) = &mut meta.refcounts else { return Ok(()) };
+            match counts.drop_user(cluster) {
+                Ok(0) => {
+                    if meta.compressed_end.is_some_and(|end| end >> bits == cluster) {
+                        meta.compressed_end = None;
+                    }
+                    self.discard_host(cluster << bits, 1 << bits);
+                }
+                Ok(_) => {}
+                Err(Refused::Corrupt(text, at)) => return Err(self.corrupt(meta, text, Some(at))),
+                Err(Refused::Io(e)) => return Err(e),
+                Err(Refused::TableFull | Refused::Busy) => return Err(Errno::IO.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// A hint to the node below, which decides whether it gives room back.
+    fn discard_host(&self, offset: u64, len: u64) {
+        let there = self.data.len().saturating_sub(offset).min(len);
+        if there > 0
+            && let Err(e) = self.data.discard(offset, there)
+        {
+            tracing::debug!(node = self.node_name, offset, "discard: {e}");
+        }
+    }
+
+    /// Makes the refcount table large enough for what comes next: twice what it is, written whole in a new place.
+    pub fn grow_refcount_table(&self) -> io::Result<()> {
+        let _order = self.writing_back.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // The new table names only blocks that are on disk.
+        self.write_round()?;
+        let mut meta = self.meta();
+        let bits = self.rules.cluster_bits;
+        let size = self.rules.cluster_size();
+        let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS)?;
+        if !counts.dirty_pages.is_empty() || !counts.dirty_table.is_empty() {
+            // Somebody allocated in between: the next try finds less to do.
+            return Ok(());
+        }
+        let old_len = counts.table.len() as u64;
+        let per_block = counts.per_block();
+        let first = old_len * per_block;
+        // Table and blocks stand at the start of what only the new table covers; each needs the other to be large enough.
+        let (mut table_clusters, mut blocks) = (1, 1);
+        loop {
+            let entries = (old_len + old_len / 2).max(old_len + blocks + 1);
+            let (more_table, more_blocks) =
+                ((entries * 8).div_ceil(size), (table_clusters + blocks).div_ceil(per_block));
+            if more_table <= table_clusters && more_blocks <= blocks {
+                break;
+            }
+            (table_clusters, blocks) = (more_table.max(table_clusters), more_blocks.max(blocks));
+        }
+        if table_clusters * size > super::header::MAX_REFCOUNT_TABLE_BYTES {
+            return Err(Errno::FBIG.into());
+        }
+        let (table_offset, end) = ((first + blocks) << bits, (first + blocks + table_clusters) << bits);
+        let mut table = counts.table.clone();
+        table.resize(usize::try_from(table_clusters * size / 8).unwrap_or(0), 0);
+        let order = counts.order;
+        let mut block = vec![0; usize::try_from(blocks * size).unwrap_or(0)];
+        for at in 0..blocks + table_clusters {
+            super::refcounts::set_count_at(&mut block, at, order, 1);
+        }
+        for at in 0..blocks {
+            table[usize::try_from(old_len + at).unwrap_or(usize::MAX)] = (first + at) << bits;
+        }
+        let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        self.file.write_growing(&block, first << bits, false)?;
+        self.file.write_growing(&bytes, table_offset, false)?;
+        self.file.flush()?;
+        let mut field = table_offset.to_be_bytes().to_vec();
+        field.extend(u32::try_from(table_clusters).unwrap_or(u32::MAX).to_be_bytes());
+        let switched =
+            self.file.write_growing(&field, super::header::AT_REFCOUNT_TABLE, false).and_then(|()| self.file.flush());
+        if let Err(e) = switched {
+            // Nobody knows which table counts: what is written from now on could be lost.
+            meta.corrupt = true;
+            return Err(e);
+        }
+        let old = Unnamed { offset: counts.table_offset, len: (old_len * 8).next_multiple_of(size), stays_of: None };
+        counts.replace_table(table, table_offset, end);
+        counts.metadata.extend(first..first + blocks + table_clusters);
+        meta.unnamed.push(old);
+        Ok(())
+    }
+}
+
+/// Takes a round that failed back: what it was to write is to be written.
+fn undo(meta: &mut Meta, round: Round) {
+    meta.writing.clear();
+    meta.written += 1;
+    for (number, _, words) in round.slices {
+        meta.dirty.entry(number).or_insert_with(|| words.to_vec().into());
+    }
+    for (index, entry) in round.l1 {
+        meta.dirty_l1.entry(index).or_insert(entry);
+    }
+    meta.unnamed.extend(round.unnamed);
+    if let Some(counts) = &mut meta.refcounts {
+        counts.dirty_pages.extend(round.pages.iter().map(|(page, ..)| page));
+        counts.dirty_table.extend(round.blocks.iter().map(|(index, _)| index));
+    }
+}

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Opening an image, and the way from reading to writing and back.
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex};
+
+use super::Qcow2;
+use super::entry::{L1Entry, Rules};
+use super::header::{self, Header};
+use super::inflate::Inflated;
+use super::l1::L1;
+use super::meta::Meta;
+use super::refcounts::Refcounts;
+use super::slices::Slices;
+use crate::coalesce::Coalesced;
+use crate::driver::{Driver, OpenRequest, OptionValue};
+use crate::gate::Gate;
+use crate::{BlockNode, Error, Result, Wait};
+
+/// Most bytes of L2 tables in memory, unless the caller says otherwise: QEMU's default.
+const L2_CACHE: u64 = 32 << 20;
+
+pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
+    let file = request.child("file")?;
+    let header = Header::read(&file)?;
+    let backing = request.children.get("backing").cloned();
+    if let (Some(name), None, false) = (&header.backing_name, &backing, request.detached.contains("backing")) {
+        return Err(Error::invalid(format!(
+            "the image names '{}' as its backing file, and names in images are never followed: give 'backing' a node, or null \
+             to read what only the backing file holds as zeroes",
+            name.escape_debug()
+        )));
+    }
+    let data = match (request.children.get("data-file").cloned(), header.external_data) {
+        (None, false) => Arc::clone(&file),
+        (Some(data), true) => data,
+        (None, true) => {
+            let name = header.data_file_name.as_deref().unwrap_or_default().escape_debug();
+            return Err(Error::invalid(format!("'data-file' is required for this image (it names '{name}')")));
+        }
+        (Some(_), false) => {
+            return Err(Error::invalid("'data-file' can only be set for images with an external data file"));
+        }
+    };
+    let rules = Rules {
+        cluster_bits: header.cluster_bits,
+        version: header.version,
+        extended: header.extended_l2,
+        external_data: header.external_data,
+    };
+    let covered = rules.slice_entries() * rules.cluster_size();
+    let words = usize::try_from(rules.slice_words()).unwrap_or(1);
+    let budget = request.size("l2-cache-size").unwrap_or(L2_CACHE);
+    let l1_room = u64::from(header.l1_room);
+    let image = Qcow2 {
+        node_name: request.node_name,
+        rules,
+        size: AtomicU64::new(header.size),
+        l1: L1::new(read_l1(&file, &header)?),
+        l1_offset: AtomicU64::new(header.l1_offset),
+        slices: Slices::new(header.size.div_ceil(covered), words, budget),
+        inflated: Inflated::new(1 << header.cluster_bits),
+        header,
+        file,
+        data,
+        backing,
+        discard_no_unref: request.options.get("discard-no-unref") == Some(&OptionValue::Bool(true)),
+        alarm: request.alarm,
+        writable: AtomicBool::new(false),
+        gate: Gate::default(),
+        meta: Mutex::new(Meta { l1_room, ..Meta::default() }),
+        landed: Condvar::new(),
+        flushes: Coalesced::default(),
+        writing_back: Mutex::new(()),
+    };
+    if request.writable {
+        image.begin_writing()?;
+    }
+    Ok(Box::new(image))
+}
+
+/// At most 32 MiB, which the header's check has made sure of.
+fn read_l1(file: &BlockNode, header: &Header) -> Result<Vec<L1Entry>> {
+    let words = read_words(file, header.l1_offset, u64::from(header.l1_room), "read the L1 table")?;
+    Ok(words.into_iter().map(L1Entry).collect())
+}
+
+fn read_words(file: &BlockNode, offset: u64, count: u64, doing: &str) -> Result<Vec<u64>> {
+    let mut bytes = vec![0; usize::try_from(count * 8).unwrap_or(0)];
+    file.read_or_zero(&mut bytes, offset, Wait::Allowed).map_err(|e| Error::io(doing, e))?;
+    Ok(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect())
+}
+
+impl Qcow2 {
+    /// Gets the image ready for writing.
+    pub fn begin_writing(&self) -> Result<()> {
+        let header = &self.header;
+        let mut meta = self.meta();
+        if header.corrupt || meta.corrupt {
+            return Err(Error::unsupported("qcow2: Image is corrupt; cannot be opened read/write"));
+        }
+        if header.dirty {
+            return Err(Error::unsupported(
+                "qcow2: Image was not closed properly and its reference counts must be rebuilt before it is written",
+            ));
+        }
+        // At most 8 MiB, which the header's check has made sure of.
+        let entries = u64::from(header.refcount_table_clusters) * self.rules.cluster_size() / 8;
+        let table = read_words(&self.file, header.refcount_table_offset, entries, "read the refcount table")?;
+        // Bits 0 to 8 are reserved.
+        let table = table.into_iter().map(|entry| entry & !0x1ff).collect();
+        let (order, offset) = (header.refcount_order, header.refcount_table_offset);
+        let mut counts = Refcounts::new(Arc::clone(&self.file), header.cluster_bits, order, table, offset);
+        counts.metadata = self.metadata(&counts)?;
+        // What others keep in step with the data is out of step as soon as we write.
+        let kept = header.autoclear & header::DATA_FILE_RAW;
+        if kept != header.autoclear {
+            let cleared = self.file.write(&kept.to_be_bytes(), header::AT_AUTOCLEAR, false);
+            cleared.and_then(|()| self.file.flush()).map_err(|e| Error::io("write the qcow2 header", e))?;
+        }
+        meta.refcounts = Some(counts);
+        // Slices that are in memory were not looked at as closely as those to come.
+        self.slices.clear();
+        self.writable.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Brings everything to disk and lets go of what only writing needs.
+    pub fn end_writing(&self) -> Result<()> {
+        self.settle().map_err(|e| Error::io("write the image's tables", e))?;
+        self.writable.store(false, Ordering::SeqCst);
+        self.meta().refcounts = None;
+        Ok(())
+    }
+
+    /// Brings everything to disk, also that clusters without a name are free.
+    pub fn settle(&self) -> io::Result<()> {
+        if self.meta().refcounts.is_none() {
+            return Ok(());
+        }
+        self.write_back()?;
+        drop(self.gate.close());
+        // Once for what became free, and once more if that was more than one round takes.
+        self.write_back()?;
+        self.write_back()
+    }
+
+    /// Clusters where metadata stands. Two tables in one place mean that the image is damaged.
+    fn metadata(&self, counts: &Refcounts) -> Result<HashSet<u64>> {
+        let header = &self.header;
+        let size = self.rules.cluster_size();
+        let bits = self.rules.cluster_bits;
+        let mut taken = HashSet::new();
+        let mut take = |what: &str, offset: u64, bytes: u64| {
+            for cluster in offset >> bits..(offset + bytes).div_ceil(size) {
+                if !taken.insert(cluster) {
+                    return Err(Error::corrupt(format!(
+                        "the image is damaged: its {what} at offset {offset:#x} overlaps other metadata; it can be read only"
+                    )));
+                }
+            }
+            Ok(())
+        };
+        take("header", 0, 1)?;
+        take("refcount table", header.refcount_table_offset, u64::from(header.refcount_table_clusters) * size)?;
+        take("L1 table", header.l1_offset, u64::from(header.l1_room) * 8)?;
+        if header.snapshots > 0 {
+            take("snapshot table", header.snapshots_offset, 1)?;
+        }
+        for &block in counts.table.iter().filter(|&&block| block != 0 && block.is_multiple_of(size)) {
+            take("refcount block", block, size)?;
+        }
+        for (_, entry) in self.l1.tables(usize::MAX) {
+            if entry.offset().is_multiple_of(size) {
+                take("L2 table", entry.offset(), size)?;
+            }
+        }
+        Ok(taken)
+    }
+}
