@@ -180,7 +180,7 @@ impl Options {
             background: ready.is_some(),
         };
         let program = Program { executable: Program::THIS.into(), confinement: vec!["--confine=require".into()] };
-        let request = Request { image, policy, listen: Some(listen), file: None, monitor: None, export };
+        let request = Request { image, policy, listen: Some(listen), file: None, metrics: None, monitor: None, export };
         let served = serve(&program, request)?;
         let pid_file = self.pid_file.map(PidFile::write).transpose()?;
         if let Some(ready) = ready {

@@ -53,6 +53,9 @@ pub struct Options {
     /// Let in only clients whose certificate has this distinguished name (`C=GB,CN=host`, `*` for any text). May be repeated.
     #[arg(long, value_name = "NAME", requires = "tls_creds", conflicts_with = "tls_any_client")]
     tls_client: Vec<String>,
+    /// Answer scrapers of OpenMetrics (HTTP, GET /metrics) on this unix socket or this HOST:PORT.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<String>,
     /// A QMP monitor for others, at this path: `doorless fdsets` and clients of your own.
     #[arg(long, value_name = "PATH")]
     monitor: Option<PathBuf>,
@@ -93,6 +96,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         },
         listen: socket.clone().map(Listen::Unix),
         file: file.map(|mountpoint| FileOptions { mountpoint, growable: options.growable, allow_other }),
+        metrics: options.metrics.as_deref().map(scraped).transpose()?,
         monitor: options.monitor.as_deref().map(std::path::absolute).transpose()?,
         export: ExportOptions { name: options.name.clone(), tls, discard: true, ..ExportOptions::default() },
     };
@@ -108,6 +112,18 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// A path if it has a slash, else a host and a port.
+fn scraped(address: &str) -> anyhow::Result<Listen> {
+    match address.rsplit_once(':') {
+        _ if address.contains('/') => Ok(Listen::Unix(std::path::absolute(address)?)),
+        Some((host, port)) => {
+            let port = port.parse().with_context(|| format!("'{port}' is not the number of a port"))?;
+            Ok(Listen::Tcp(host.trim_matches(['[', ']']).to_owned(), port))
+        }
+        None => bail!("--metrics takes the path of a socket, with a slash in it, or HOST:PORT, not '{address}'"),
+    }
 }
 
 /// Tells what is served, and lines to try it with.

@@ -38,6 +38,8 @@ Serves disk images that arrive as descriptors. The process confines itself befor
   --nbd-server addr.type=unix,addr.path=PATH[,...]
   --nbd-server addr.type=inet,addr.host=HOST,addr.port=PORT[,...][,tls-creds=ID[,tls-authz=ID]]
                          serve NBD on an inherited listening socket, or on one that is made before the process is confined
+  --metrics-server addr.type=fd|unix|inet,addr....
+                         answer scrapers of OpenMetrics (HTTP, GET /metrics) on a socket as of --nbd-server
   --export [type=]nbd,id=ID,node-name=NODE[,name=NAME][,writable=on|off]
                          as block-export-add
   --confine require|best-effort
@@ -223,9 +225,17 @@ fn read(
             }
             "nbd-server" => {
                 let options = words.option(Type::Named("NbdServerOptions"), &value, None).map_err(placed)?;
-                let options =
-                    plans.openings.nbd_server(options).map_err(|e| UsageError(format!("{option} {value}: {e}")))?;
+                let options = plans
+                    .openings
+                    .server(options, "command-line-nbd-server")
+                    .map_err(|e| UsageError(format!("{option} {value}: {e}")))?;
                 plans.command("nbd-server-start", options);
+            }
+            "metrics-server" => {
+                let options = words.option(Type::Named("MetricsServerOptions"), &value, None).map_err(placed)?;
+                let options = plans.openings.server(options, "command-line-metrics-server");
+                let options = options.map_err(|e| UsageError(format!("{option} {value}: {e}")))?;
+                plans.command("metrics-server-start", options);
             }
             "export" => {
                 let options = table.option(Type::Named("BlockExportOptions"), &value, Some("type")).map_err(placed)?;
@@ -286,12 +296,13 @@ impl Plans {
 }
 
 /// Options that take a value.
-const KNOWN: [&str; 15] = [
+const KNOWN: [&str; 16] = [
     "chardev",
     "monitor",
     "add-fd",
     "blockdev",
     "nbd-server",
+    "metrics-server",
     "export",
     "object",
     "confine",
@@ -390,6 +401,11 @@ fn words() -> Table<()> {
                 Member::optional("tls-authz", Type::Str, "Which clients may come in."),
             ],
             "An NBD server.",
+        ),
+        Definition::structure(
+            "MetricsServerOptions",
+            [Member::required("addr", Type::Named("ListenAddress"), "The socket.")],
+            "A server for scrapers.",
         ),
         Definition::enumeration("ListenAddressType", ["fd", "unix", "inet"], "Kinds of addresses."),
         Definition::union(

@@ -86,6 +86,7 @@ pub fn serve(
         daemon.reap_exports();
         daemon.jobs.reap();
         daemon.expire_leases();
+        daemon.answer_scrapers();
         announce(&mut daemon, &mut monitors);
         for index in ready.monitors {
             let answer = monitors[index].advance(&table, &mut daemon);

@@ -96,6 +96,7 @@ pub fn all(daemon: &Daemon, unclaimed: Vec<i32>) -> Vec<Held> {
             Held::new(dup.number(), Owner::Dup, format!("node '{user}', from set {}", set.id()))
         }));
     }
+    held.extend(daemon.metrics.descriptors().into_iter().map(|(fd, what)| Held::new(fd, Owner::Export, what)));
     held.extend(daemon.exports.descriptors().into_iter().map(|(fd, what)| Held::new(fd, Owner::Export, what)));
     held.sort_by_key(|held| held.fd);
     held

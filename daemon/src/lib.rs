@@ -13,6 +13,7 @@ pub mod control;
 mod exports;
 pub mod jobs;
 pub mod ledger;
+pub mod metrics;
 pub mod monitor;
 pub mod objects;
 mod opening;

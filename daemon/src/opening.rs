@@ -126,6 +126,7 @@ impl Openings {
         Ok(())
     }
 
+<<<<<<< HEAD
     /// Opens the files of the directory that a `tls-creds-x509` object names, and lets it name a set instead.
     ///
     /// # Errors
@@ -149,10 +150,13 @@ impl Openings {
     }
 
     /// `--nbd-server`: the socket, and the arguments of `nbd-server-start` that name it.
+=======
+    /// A server's option: the socket, and the arguments of its starting command that name it, as `name`.
+>>>>>>> 799c560 (daemon: Tell what was asked: block statistics, latencies, OpenMetrics)
     ///
     /// # Errors
     /// A sentence for the user.
-    pub fn nbd_server(&mut self, options: Value) -> Result<Value, String> {
+    pub fn server(&mut self, options: Value, name: &str) -> Result<Value, String> {
         let Value::Object(mut options) = options else { return Err("not an object".into()) };
         let address = options.remove("addr").unwrap_or_default();
         let socket = match (address["str"].as_str(), address["path"].as_str()) {
@@ -166,7 +170,6 @@ impl Openings {
                 listener.map_err(|e| format!("Failed to listen on {host}:{port}: {e}"))?.into()
             }
         };
-        let name = "command-line-nbd-server";
         self.named.push((name.into(), socket));
         options.insert("addr".into(), json!({ "type": "fd", "data": { "str": name } }));
         Ok(Value::Object(Map::from_iter(options)))

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use crate::exports::Exports;
 use crate::jobs::Jobs;
 use crate::ledger::Ledger;
+use crate::metrics::{self, Metrics};
 use crate::objects::Objects;
 use crate::reserve::Reserve;
 use crate::wake::Wake;
@@ -70,6 +71,8 @@ pub struct Daemon {
     pub graph: Graph,
     /// The exports.
     pub exports: Exports,
+    /// Who tells scrapers.
+    pub metrics: Metrics,
     /// Work that goes on after its command has answered.
     pub jobs: Jobs,
     /// Objects that commands refer to by id.
@@ -109,6 +112,7 @@ impl Daemon {
             fdset_events: FdsetEvents::default(),
             graph: Graph::new(),
             exports: Exports::new(Arc::clone(&wake)),
+            metrics: Metrics::default(),
             jobs: Jobs::new(Arc::clone(&wake)),
             objects: Objects::default(),
             quit: false,
@@ -182,6 +186,23 @@ impl Daemon {
     pub fn expire_leases(&mut self) {
         for set in self.fdsets.expire(Instant::now()) {
             self.fdset_changed(set, "expired");
+        }
+    }
+
+    /// Whom other threads wake.
+    pub fn wake(&self) -> Arc<Wake> {
+        Arc::clone(&self.wake)
+    }
+
+    /// Gives scrapers what they wait for.
+    pub fn answer_scrapers(&self) {
+        let waiting = self.metrics.waiting();
+        if !waiting.is_empty() {
+            let text = metrics::render(self);
+            for scraper in waiting {
+                // It may have lost its patience.
+                let _ = scraper.send(text.clone());
+            }
         }
     }
 

@@ -36,13 +36,15 @@ pub struct Request {
     pub listen: Option<Listen>,
     /// As which file the disk appears.
     pub file: Option<FileOptions>,
+    /// Where scrapers of OpenMetrics come from.
+    pub metrics: Option<Listen>,
     /// Where others find a monitor of the daemon.
     pub monitor: Option<PathBuf>,
     /// How it is offered.
     pub export: ExportOptions,
 }
 
-/// Where NBD clients come from.
+/// Where clients come from.
 #[derive(Debug)]
 pub enum Listen {
     /// A unix socket at this path.
@@ -106,7 +108,7 @@ pub struct Served {
 /// # Errors
 /// Any step's; nothing is left behind.
 pub fn serve(program: &Program, request: Request) -> Result<Served> {
-    let Request { image, policy, listen: place, file, monitor, export } = request;
+    let Request { image, policy, listen: place, file, metrics, monitor, export } = request;
     let chain = chain::open(program, &image, &policy)?;
     let launch = Launch {
         monitor: monitor.as_deref().map(listen).transpose()?,
@@ -120,19 +122,14 @@ pub fn serve(program: &Program, request: Request) -> Result<Served> {
     let mut served = Served { daemon, chain, file: None, sockets };
     let node = served.part(node, &export)?;
     if let Some(place) = place {
-        let listener = match place {
-            Listen::Unix(path) => {
-                let listener = listen(&path)?;
-                served.sockets.push(path);
-                OwnedFd::from(listener)
-            }
-            Listen::Tcp(host, port) => {
-                let failed = |source| Error::Listen { address: format!("{host}:{port}"), source };
-                TcpListener::bind((host.as_str(), port)).map_err(failed)?.into()
-            }
-            Listen::Passed(listener) => listener,
-        };
+        let listener = served.listen(place)?;
         served.export(&listener, &node, &export)?;
+    }
+    if let Some(place) = metrics {
+        let listener = served.listen(place)?;
+        served.daemon.execute("getfd", json!({ "fdname": "metrics" }), &[listener.as_fd()])?;
+        let start = json!({ "addr": { "type": "fd", "data": { "str": "metrics" } } });
+        served.daemon.execute("metrics-server-start", start, &[])?;
     }
     if let Some(file) = file {
         served.mount(program, &node, &file)?;
@@ -141,6 +138,21 @@ pub fn serve(program: &Program, request: Request) -> Result<Served> {
 }
 
 impl Served {
+    fn listen(&mut self, place: Listen) -> Result<OwnedFd> {
+        Ok(match place {
+            Listen::Unix(path) => {
+                let listener = listen(&path)?;
+                self.sockets.push(path);
+                listener.into()
+            }
+            Listen::Tcp(host, port) => {
+                let failed = |source| Error::Listen { address: format!("{host}:{port}"), source };
+                TcpListener::bind((host.as_str(), port)).map_err(failed)?.into()
+            }
+            Listen::Passed(listener) => listener,
+        })
+    }
+
     fn is_writable(&self) -> bool {
         self.chain.layers[0].image.rights == Rights::ReadWrite
     }

@@ -9,11 +9,13 @@ mod fdset;
 mod fdset_detail;
 mod jobs;
 mod ledger;
+mod metrics;
 mod nbd_server;
 mod node_query;
 mod objects;
 mod options;
 mod reopen;
+mod statistics;
 
 use qmp::{Arguments, Command, Definition, Event, Table, Version};
 use serde_json::Value;
@@ -40,6 +42,7 @@ pub fn table() -> Table<Daemon> {
         objects::types(),
         nbd_server::types(),
         node_query::types(),
+        statistics::types(),
     ]
     .concat();
     let mut commands = vec![Command::new("quit", "Ends the daemon.", Arguments::NONE, quit)];
@@ -53,6 +56,8 @@ pub fn table() -> Table<Daemon> {
     commands.extend(jobs::commands());
     commands.extend(ledger::commands());
     commands.extend(objects::commands());
+    commands.extend(statistics::commands());
+    commands.extend(metrics::commands());
     Table::new(version, types, commands, events()).expect("the table is consistent: a test builds it")
 }
 
