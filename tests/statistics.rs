@@ -112,7 +112,13 @@ fn every_client_is_counted_for_itself_its_export_and_its_node() {
         let len = staying.stdout.as_mut().unwrap().read(&mut said).unwrap();
         assert!(len > 0);
     }
-    let all = daemon.ok("query-statistics", json!({}));
+    // A batch is counted once it has been answered: a moment after the client has heard it.
+    let all = loop {
+        let all = daemon.ok("query-statistics", json!({}));
+        if all["exports"][0]["clients"][0]["requests"].to_string().contains("read") {
+            break all;
+        }
+    };
     let count = |requests: &Value| {
         let read = requests.as_array().unwrap().iter().find(|count| count["kind"] == "read").unwrap().clone();
         let latencies: u64 = read["latencies"].as_array().unwrap().iter().map(|number| number.as_u64().unwrap()).sum();

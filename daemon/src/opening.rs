@@ -126,7 +126,6 @@ impl Openings {
         Ok(())
     }
 
-<<<<<<< HEAD
     /// Opens the files of the directory that a `tls-creds-x509` object names, and lets it name a set instead.
     ///
     /// # Errors
@@ -149,10 +148,7 @@ impl Openings {
         Ok(())
     }
 
-    /// `--nbd-server`: the socket, and the arguments of `nbd-server-start` that name it.
-=======
     /// A server's option: the socket, and the arguments of its starting command that name it, as `name`.
->>>>>>> 799c560 (daemon: Tell what was asked: block statistics, latencies, OpenMetrics)
     ///
     /// # Errors
     /// A sentence for the user.
