@@ -35,6 +35,16 @@ fn the_nbd_handshake_survives_its_corpus() {
 }
 
 #[test]
+fn the_nbd_handshake_with_tls_survives_its_corpus() {
+    replay("nbd_tls", fuzzed::nbd_tls);
+}
+
+#[test]
+fn names_of_certificates_survive_their_corpus() {
+    replay("certificate", fuzzed::certificate);
+}
+
+#[test]
 fn nbd_transmission_survives_its_corpus() {
     replay("nbd_requests", fuzzed::nbd_requests);
 }

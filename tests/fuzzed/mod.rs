@@ -3,21 +3,24 @@
 //! `corpora` feeds them what is committed.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, unreachable_pub)]
 
+mod nbd;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use block::{BlockNode, Graph, Host, NodeAccess, NodeSpec, inspect};
 use confine::{Plan, Role};
 use daemon::monitor::{Monitor, Source};
 use daemon::state::Daemon;
-use export::nbd::{Limits, Server, Settings};
-use export::{Workers, fuse};
+use export::fuse;
 use fdset::{FdPolicy, Lifetime};
 use qmp::Parser;
+
+pub use nbd::{nbd_handshake, nbd_requests, nbd_tls};
 
 /// Bytes from a monitor's client, cut into messages.
 pub fn qmp_parser(data: &[u8]) {
@@ -116,49 +119,9 @@ fn memory(content: &[u8]) -> File {
     file
 }
 
-/// An NBD client from its first byte.
-pub fn nbd_handshake(data: &[u8]) {
-    talk(&[data]);
-}
-
-/// An NBD client that has chosen the export; `data` are its requests.
-pub fn nbd_requests(data: &[u8]) {
-    // The handshake's flags, then NBD_OPT_STRUCTURED_REPLY, NBD_OPT_SET_META_CONTEXT and NBD_OPT_GO for the export "".
-    const CHOSEN: &[u8] = b"\0\0\0\x03\
-        IHAVEOPT\0\0\0\x08\0\0\0\0\
-        IHAVEOPT\0\0\0\x0a\0\0\0\x1b\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation\
-        IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0";
-    talk(&[CHOSEN, data]);
-}
-
-/// Says all of `pieces` to a server with one writable export, and hears what it has to say.
-fn talk(pieces: &[&[u8]]) {
-    static SERVER: OnceLock<Mutex<(Server, std::path::PathBuf)>> = OnceLock::new();
-    let server = SERVER.get_or_init(|| {
-        let directory = tempfile::tempdir().unwrap().keep();
-        let path = directory.join("nbd");
-        let listener = UnixListener::bind(&path).unwrap();
-        let limits = Limits { connections: 4, ..Limits::default() };
-        let server = Server::start(listener.into(), limits, None, Workers::new(), || ()).unwrap();
-        let node = node(&mut Graph::new(), "file", Some(memory(&[7; 1 << 20])), &[], true).unwrap();
-        server.add(Settings { writable: true, ..Settings::new("", node) }).unwrap();
-        Mutex::new((server, path))
-    });
-    let server = server.lock().unwrap_or_else(PoisonError::into_inner);
-    let socket = UnixStream::connect(&server.1).unwrap();
-    let mut answers = socket.try_clone().unwrap();
-    let reader = std::thread::spawn(move || {
-        let mut sink = [0; 65536];
-        while answers.read(&mut sink).is_ok_and(|read| read > 0) {}
-    });
-    let mut writer = &socket;
-    for piece in pieces {
-        if writer.write_all(piece).is_err() {
-            break;
-        }
-    }
-    let _ = socket.shutdown(Shutdown::Write);
-    reader.join().unwrap();
+/// A certificate, of which the name of its subject is read.
+pub fn certificate(data: &[u8]) {
+    let _ = export::nbd::tls::distinguished_name(data);
 }
 
 /// A kernel's FUSE requests: records of opcode, file, length (two bytes) and body behind a sound header; opcode 255 is a body

@@ -14,6 +14,8 @@ use rustls::{RootCertStore, ServerConfig};
 
 use super::name;
 
+pub use super::name::subject as distinguished_name;
+
 /// What a server proves itself with, and what it checks clients by: the content of PEM files.
 #[derive(Clone, Debug, Default)]
 pub struct Pem {
