@@ -16,6 +16,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use disorder::client::{Client, Dice, Style};
@@ -158,7 +159,7 @@ fn disorder(format: &str, image: &Path, seed: u64, rounds: usize, until: Option<
                 })
                 .collect();
             if violent {
-                while done.load(Ordering::Relaxed) < moment && !clients.iter().all(|client| client.is_finished()) {
+                while done.load(Ordering::Relaxed) < moment && !clients.iter().all(ScopedJoinHandle::is_finished) {
                     std::thread::yield_now();
                 }
                 kill_process(Pid::from_raw(daemon.pid().cast_signed()).unwrap(), Signal::KILL).unwrap();
