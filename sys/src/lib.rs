@@ -4,14 +4,18 @@
 //! Everything here is a thin function with a safe face. A module stands for one corner of the kernel:
 //! [`attempt`] makes calls that a confined process must not be able to make,
 //! [`fd`] takes ownership of inherited descriptors, [`file`] does positioned I/O that may refuse to sleep,
-//! [`disk`] asks block devices for their size, [`memory`] tells the allocator its limits, [`signal`] turns signals into a
-//! readable descriptor.
+//! [`disk`] asks block devices for their size, [`guest`] reaches memory that a guest shares, [`scatter`] reads files into it,
+//! `sigbus` survives its loss, [`memory`] tells the allocator its limits, [`signal`] turns signals into a readable
+//! descriptor.
 
 pub mod attempt;
 pub mod background;
 pub mod disk;
 pub mod fd;
 pub mod file;
+pub mod guest;
 pub mod lock;
 pub mod memory;
+pub mod scatter;
+mod sigbus;
 pub mod signal;
