@@ -22,6 +22,7 @@ mod inspect;
 mod node;
 mod qcow2;
 mod raw;
+mod scatter;
 pub mod stats;
 
 pub use alarm::{Alarm, Corruption};

@@ -238,7 +238,7 @@ impl BlockNode {
     }
 
     /// Notes how far a write reaches.
-    fn reaches(&self, end: u64) {
+    pub(crate) fn reaches(&self, end: u64) {
         if end > self.furthest.load(Ordering::Relaxed) {
             self.furthest.fetch_max(end, Ordering::Relaxed);
         }
@@ -376,14 +376,14 @@ impl BlockNode {
         }
     }
 
-    fn check_range(&self, offset: u64, len: u64) -> io::Result<()> {
+    pub(crate) fn check_range(&self, offset: u64, len: u64) -> io::Result<()> {
         match offset.checked_add(len) {
             Some(end) if end <= self.len() => Ok(()),
             _ => Err(Errno::INVAL.into()),
         }
     }
 
-    fn check_write(&self, offset: u64, len: u64) -> io::Result<()> {
+    pub(crate) fn check_write(&self, offset: u64, len: u64) -> io::Result<()> {
         if !self.writable() {
             return Err(Errno::PERM.into());
         }
@@ -403,7 +403,7 @@ fn is_unsupported(error: &io::Error) -> bool {
 }
 
 /// A driver's length as a piece of the request; a driver that breaks its contract is an I/O error, never a panic.
-fn bounded(len: u64, most: usize) -> io::Result<usize> {
+pub(crate) fn bounded(len: u64, most: usize) -> io::Result<usize> {
     match usize::try_from(len) {
         Ok(len) if 0 < len && len <= most => Ok(len),
         _ => Err(Errno::IO.into()),
