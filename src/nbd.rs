@@ -180,7 +180,8 @@ impl Options {
             background: ready.is_some(),
         };
         let program = Program { executable: Program::THIS.into(), confinement: vec!["--confine=require".into()] };
-        let request = Request { image, policy, listen: Some(listen), file: None, metrics: None, monitor: None, export };
+        let listen = Some(listen);
+        let request = Request { image, policy, listen, file: None, device: None, metrics: None, monitor: None, export };
         let served = serve(&program, request)?;
         let pid_file = self.pid_file.map(PidFile::write).transpose()?;
         if let Some(ready) = ready {

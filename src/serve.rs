@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `doorless serve`: an image on an NBD socket or as a file until Ctrl-C.
+//! `doorless serve`: an image on an NBD socket, as a file or as a virtual machine's disk until Ctrl-C.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Args;
 use manager::chain::Policy;
 use manager::fuse::AllowOther;
-use manager::serve::{End, ExportOptions, FileOptions, Listen, Request, Served, serve, uri};
+use manager::serve::{DeviceOptions, End, ExportOptions, FileOptions, Listen, Request, Served, serve, uri};
 use manager::tls::Tls;
 
 use crate::{Confinement, PrivateSocket};
@@ -28,7 +28,7 @@ pub struct Options {
     /// Never write to the image.
     #[arg(long, short)]
     read_only: bool,
-    /// Where to listen for NBD clients; by default, without --fuse, in a directory that only this user can enter.
+    /// Where to listen for NBD clients; by default, without --fuse and --vhost-user, in a directory that only this user can enter.
     #[arg(long, short = 'k', value_name = "PATH")]
     socket: Option<PathBuf>,
     /// Let the disk appear as a plain file in place of this one, which is a regular file that exists (FUSE).
@@ -40,6 +40,12 @@ pub struct Options {
     /// Whether others than this user may use that file, as far as its permissions allow.
     #[arg(long, value_name = "WHETHER", default_value = "auto", value_parser = ["on", "off", "auto"], requires = "fuse")]
     allow_other: String,
+    /// Where a VMM finds the disk of its virtual machine (vhost-user-blk).
+    #[arg(long, value_name = "PATH")]
+    vhost_user: Option<PathBuf>,
+    /// Virtqueues of that disk, 1 to 128; best one for each processor of the virtual machine.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=128), requires = "vhost_user")]
+    queues: u16,
     /// The export's name; by default the empty name, which clients ask for when they name none.
     #[arg(long, default_value = "")]
     name: String,
@@ -69,8 +75,8 @@ pub struct Options {
 /// Serves until a signal or the daemon's end.
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let waiting = manager::serve::Waiting::new().context("could not prepare for signals")?;
-    let private = match (&options.socket, &options.fuse) {
-        (None, None) => Some(PrivateSocket::new()?),
+    let private = match (&options.socket, &options.fuse, &options.vhost_user) {
+        (None, None, None) => Some(PrivateSocket::new()?),
         _ => None,
     };
     let socket = match &options.socket {
@@ -83,6 +89,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         _ => AllowOther::Auto,
     };
     let file = options.fuse.clone();
+    let vhost_user = options.vhost_user.as_deref().map(std::path::absolute).transpose()?;
+    let device = vhost_user.clone().map(|socket| DeviceOptions { socket, queues: options.queues });
     let tls = options.tls_creds.as_deref();
     let tls = tls.map_or_else(Tls::default, |dir| Tls::directory(dir, options.tls_any_client, &options.tls_client));
     let scheme = if tls.is_on() { "nbds" } else { "nbd" };
@@ -97,13 +105,14 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         listen: socket.clone().map(Listen::Unix),
         file: file.map(|mountpoint| FileOptions { mountpoint, growable: options.growable, allow_other }),
         metrics: options.metrics.as_deref().map(scraped).transpose()?,
+        device,
         monitor: options.monitor.as_deref().map(std::path::absolute).transpose()?,
         export: ExportOptions { name: options.name.clone(), tls, discard: true, ..ExportOptions::default() },
     };
     let served = serve(&options.confinement.program(), request)?;
     // Whoever started this may have closed the pipe already; the disk is served all the same.
     let uri = socket.map(|socket| uri(&socket, &options.name).replacen("nbd", scheme, 1));
-    let _ = announce(&served, uri.as_deref());
+    let _ = announce(&served, uri.as_deref(), vhost_user.as_deref());
     match waiting.until_signal_or_end(&served.daemon)? {
         End::Signal => served.stop()?,
         End::Daemon => {
@@ -127,7 +136,7 @@ fn scraped(address: &str) -> anyhow::Result<Listen> {
 }
 
 /// Tells what is served, and lines to try it with.
-fn announce(served: &Served, uri: Option<&str>) -> std::io::Result<()> {
+fn announce(served: &Served, uri: Option<&str>, device: Option<&Path>) -> std::io::Result<()> {
     let chain = &served.chain;
     let mut out = std::io::stdout().lock();
     for (index, layer) in chain.layers.iter().enumerate() {
@@ -153,6 +162,9 @@ fn announce(served: &Served, uri: Option<&str>) -> std::io::Result<()> {
     if let (Some(file), Some(_)) = (&file, uri) {
         writeln!(out, "file: {file}")?;
     }
+    if let (Some(device), true) = (device, uri.is_some() || file.is_some()) {
+        writeln!(out, "vhost-user: {}", device.display())?;
+    }
     match (uri, &file) {
         (Some(uri), _) => {
             writeln!(out, "ready: {uri}")?;
@@ -169,6 +181,20 @@ fn announce(served: &Served, uri: Option<&str>) -> std::io::Result<()> {
             writeln!(out, "  losetup --find --show{read_only} '{file}'")?;
         }
         (None, None) => {}
+    }
+    if let Some(device) = device.map(Path::display) {
+        if uri.is_none() && file.is_none() {
+            writeln!(out, "ready: {device}")?;
+            writeln!(out)?;
+        }
+        writeln!(
+            out,
+            "  qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=ram,size=1G,share=on -machine memory-backend=ram \\"
+        )?;
+        writeln!(
+            out,
+            "    -chardev socket,id=disk,path='{device}',reconnect=1 -device vhost-user-blk-pci,chardev=disk"
+        )?;
     }
     writeln!(out)?;
     writeln!(out, "Ctrl-C ends it.")?;

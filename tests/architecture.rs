@@ -14,7 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "doorless-daemon",
         &["doorless-block", "doorless-confine", "doorless-export", "doorless-qmp", "doorless-sys", "fdset"],
     ),
-    ("doorless-export", &["doorless-block"]),
+    ("doorless-export", &["doorless-block", "doorless-sys"]),
     ("doorless-block", &["doorless-sys"]),
     ("doorless-img", &["doorless-block", "doorless-confine", "doorless-sys"]),
     ("doorless-qmp", &[]),

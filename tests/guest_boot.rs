@@ -81,3 +81,26 @@ fn a_guest_writes_to_a_raw_disk_and_the_host_sees_it() {
     assert_eq!(tool("debugfs", &["-R", "cat /new", &disk]).1, "written by the guest\n");
     assert!(tool("e2fsck", &["-fn", &disk]).0, "the file system is clean");
 }
+
+#[test]
+fn a_guest_uses_a_vhost_user_disk_over_two_queues_and_the_host_sees_it() {
+    let Some(kernel) = kernel("a_guest_uses_a_vhost_user_disk_over_two_queues_and_the_host_sees_it") else { return };
+    let scratch = Scratch::new();
+    let checksum = ext4_disk(&scratch);
+    let (disk, socket) = (scratch.name("disk.raw"), scratch.name("s"));
+    let serve = Serve::start(&["--format", "raw", "--vhost-user", &socket, "--queues", "2", &disk]);
+    assert_eq!(serve.uri, socket);
+    let script = "echo $(cat /sys/block/vda/serial) $(ls /sys/block/vda/mq); mount -t ext4 -o discard /dev/vda /mnt; md5sum /mnt/noise\n\
+                  cp /mnt/noise /mnt/copy; rm /mnt/noise; echo 'written by the guest' > /mnt/new; sync; fstrim /mnt; umount /mnt";
+    let said = guest::run_vhost_user(&kernel, &scratch, &socket, 2, script);
+    assert!(said.contains(&checksum) && said.contains("device 0 1\n"), "{said}");
+    assert!(serve.interrupt().success());
+    let path = std::env::var("PATH").unwrap_or_default() + ":/sbin:/usr/sbin";
+    let tool = |program: &str, arguments: &[&str]| {
+        let output = Command::new(program).env("PATH", &path).args(arguments).output().unwrap();
+        (output.status.success(), output.stdout)
+    };
+    assert_eq!(tool("debugfs", &["-R", "cat /new", &disk]).1, b"written by the guest\n");
+    assert!(tool("debugfs", &["-R", "cat /copy", &disk]).1 == noise(5 << 20, 9), "what the guest copied");
+    assert!(tool("e2fsck", &["-fn", &disk]).0, "the file system is clean");
+}

@@ -41,7 +41,9 @@ Serves disk images that arrive as descriptors. The process confines itself befor
   --metrics-server addr.type=fd|unix|inet,addr....
                          answer scrapers of OpenMetrics (HTTP, GET /metrics) on a socket as of --nbd-server
   --export [type=]nbd,id=ID,node-name=NODE[,name=NAME][,writable=on|off]
-                         as block-export-add
+  --export [type=]vhost-user-blk,id=ID,node-name=NODE,addr.type=fd,addr.str=N[,num-queues=N][,writable=on|off]
+  --export [type=]vhost-user-blk,id=ID,node-name=NODE,addr.type=unix,addr.path=PATH[,...]
+                         as block-export-add; a socket is inherited, or made before the process is confined
   --confine require|best-effort
                          whether every layer of confinement must be had; default require
   --fd-policy strict|compat
@@ -124,8 +126,9 @@ pub fn run(style: Style, arguments: impl IntoIterator<Item = OsString>) -> Resul
     sys::fd::close_inherited().map_err(failed("close what was inherited"))?;
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     fdsets.quotas.total = fdsets.quotas.total.or_else(|| Some(reserve::sets_share(limit)));
+    let inflight = reserve::inflight(limit);
     let confined = confine::confine(&confinement).map_err(|e| UsageError(e.to_string()))?;
-    let setup = Setup { monitors, fdsets, fdset_events, signals, ends };
+    let setup = Setup { monitors, fdsets, fdset_events, signals, ends, inflight };
     let startup = |table: &Table<Daemon>, daemon: &mut Daemon| {
         act(table, daemon, openings, actions)?;
         announcement.make(daemon).map_err(|e| qmp::Error::generic(e.0))
@@ -238,7 +241,9 @@ fn read(
                 plans.command("metrics-server-start", options);
             }
             "export" => {
-                let options = table.option(Type::Named("BlockExportOptions"), &value, Some("type")).map_err(placed)?;
+                let mut options =
+                    table.option(Type::Named("BlockExportOptions"), &value, Some("type")).map_err(placed)?;
+                plans.openings.export(&mut options).map_err(|e| UsageError(format!("{option} {value}: {e}")))?;
                 plans.command("block-export-add", options);
             }
             "object" => {

@@ -40,6 +40,8 @@ pub struct Setup {
     pub signals: Signals,
     /// What ends it besides `quit` and signals.
     pub ends: Ends,
+    /// Memory files for vhost-user exports to be.
+    pub inflight: Vec<std::os::fd::OwnedFd>,
 }
 
 /// What ends a daemon besides `quit` and signals.
@@ -65,6 +67,7 @@ pub fn serve(
     let mut daemon = Daemon::new(confined, setup.fdsets, Arc::clone(&wake));
     daemon.fdset_events = setup.fdset_events;
     daemon.ledger.enter(setup.signals.as_fd().as_raw_fd(), "signals");
+    daemon.exports.keep_inflight(setup.inflight);
     startup(&table, &mut daemon)?;
     let mut monitors = Vec::new();
     for (id, MonitorSetup { source, pretty, lifetime }) in setup.monitors.into_iter().enumerate() {

@@ -2,7 +2,7 @@
 //! The control side of exports: ids, the NBD server, and what is on its way out.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use block::Claim;
@@ -43,13 +43,21 @@ pub struct Exports {
     entries: BTreeMap<String, Entry>,
     next_age: u64,
     workers: Workers,
+    inflight: Vec<OwnedFd>,
     wake: Arc<Wake>,
 }
 
 impl Exports {
     /// None yet. `wake` is told when a client has left.
     pub fn new(wake: Arc<Wake>) -> Exports {
-        Exports { nbd: None, entries: BTreeMap::new(), next_age: 0, workers: Workers::new(), wake }
+        Exports {
+            nbd: None,
+            entries: BTreeMap::new(),
+            next_age: 0,
+            workers: Workers::new(),
+            inflight: Vec::new(),
+            wake,
+        }
     }
 
     /// Whether there is an NBD server.
@@ -107,6 +115,30 @@ impl Exports {
     pub fn changed(&self) -> impl Fn() + Send + Sync + 'static {
         let wake = Arc::clone(&self.wake);
         move || wake.up()
+    }
+
+    /// Who sleeps in exports' stead.
+    pub fn workers(&self) -> Workers {
+        self.workers.clone()
+    }
+
+    /// Keeps memory files for vhost-user exports to be; see [`crate::reserve::inflight`].
+    pub fn keep_inflight(&mut self, files: Vec<OwnedFd>) {
+        self.inflight = files;
+    }
+
+    /// Takes a memory file out of those kept, if there is one left.
+    pub fn take_inflight(&mut self) -> Option<OwnedFd> {
+        let taken = self.inflight.pop();
+        if taken.is_none() {
+            tracing::warn!("no memory file is left for what a guest has under way: this export tracks nothing");
+        }
+        taken
+    }
+
+    /// Numbers of the memory files kept.
+    pub fn inflight(&self) -> impl Iterator<Item = i32> {
+        self.inflight.iter().map(AsRawFd::as_raw_fd)
     }
 
     /// Adds an export that needs no server, whose node is claimed.

@@ -84,6 +84,7 @@ impl Ledger {
 pub fn all(daemon: &Daemon, unclaimed: Vec<i32>) -> Vec<Held> {
     let mut held = daemon.ledger.process.clone();
     held.extend(daemon.reserve.numbers().map(|fd| Held::new(fd, Owner::Process, "reserve")));
+    held.extend(daemon.exports.inflight().map(|fd| Held::new(fd, Owner::Process, "reserve of in-flight memory")));
     held.extend(daemon.ledger.monitors.values().flatten().cloned());
     held.extend(unclaimed.into_iter().map(|fd| Held::new(fd, Owner::Message, "the command that asks")));
     held.extend(daemon.named().map(|(monitor, name, fd)| {

@@ -171,6 +171,23 @@ impl Openings {
         Ok(Value::Object(Map::from_iter(options)))
     }
 
+    /// `--export`: the socket of one that has its own, and a name for it in its place.
+    ///
+    /// # Errors
+    /// A sentence for the user.
+    pub fn export(&mut self, options: &mut Value) -> Result<(), String> {
+        let address = &options["addr"];
+        let socket = match (address["str"].as_str(), address["path"].as_str()) {
+            (Some(fd), _) => inherited(fd)?,
+            (None, Some(path)) => listen(path)?,
+            (None, None) => return Ok(()),
+        };
+        let name = format!("command-line-export-{}", options["id"].as_str().unwrap_or_default());
+        options["addr"] = json!({ "type": "fd", "str": name });
+        self.named.push((name, socket));
+        Ok(())
+    }
+
     /// Gives everything to the daemon.
     ///
     /// # Errors

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Numbers kept back, so that a monitor's client can be let in when everything else has used up the process's descriptors.
+//! What is kept back: numbers, so that a monitor's client can be let in when everything else has used up the process's
+//! descriptors; and memory files, because a confined process cannot make any.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use rustix::fs::MemfdFlags;
 use rustix::io::fcntl_dupfd_cloexec;
 
 /// Spare descriptors, one for each client that may have to be let in at the limit.
@@ -15,6 +17,16 @@ pub struct Reserve {
 /// Descriptors that fd sets leave to everything else (dups, exports and their clients, monitors) unless the user sets a quota:
 /// this many, or a quarter of what the process may have if that is less.
 const LEFT_BY_SETS: u64 = 64;
+
+/// Most memory files kept for vhost-user exports. Each is used up by one export: a front end that has once mapped it may do so
+/// for ever.
+const INFLIGHT: u64 = 64;
+
+/// Makes memory files for what guests have under way, fewer in a process that may have only `limit` descriptors.
+pub fn inflight(limit: u64) -> Vec<OwnedFd> {
+    let make = |_| rustix::fs::memfd_create("doorless-inflight", MemfdFlags::CLOEXEC).ok();
+    (0..INFLIGHT.min(limit / 64)).map_while(make).collect()
+}
 
 /// How many descriptors fd sets may hold in a process that may have `limit`.
 pub fn sets_share(limit: u64) -> usize {

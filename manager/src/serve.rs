@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A disk image on an NBD socket, or as a file: open, pass, export.
+//! A disk image on an NBD socket, as a file, or as a virtual machine's disk: open, pass, export.
 
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,6 +24,8 @@ use crate::{Error, Result};
 const DISK: &str = "disk";
 /// The export id of the file.
 const FILE: &str = "file";
+/// The export id of the virtual machine's disk.
+const DEVICE: &str = "device";
 
 /// What to serve, and where.
 #[derive(Debug)]
@@ -38,6 +40,8 @@ pub struct Request {
     pub file: Option<FileOptions>,
     /// Where scrapers of OpenMetrics come from.
     pub metrics: Option<Listen>,
+    /// Where a virtual machine's VMM finds it as its disk.
+    pub device: Option<DeviceOptions>,
     /// Where others find a monitor of the daemon.
     pub monitor: Option<PathBuf>,
     /// How it is offered.
@@ -91,6 +95,15 @@ pub struct FileOptions {
     pub allow_other: AllowOther,
 }
 
+/// How a disk becomes a virtual machine's, over vhost-user-blk.
+#[derive(Clone, Debug)]
+pub struct DeviceOptions {
+    /// The socket's path.
+    pub socket: PathBuf,
+    /// Virtqueues, 1 to 128.
+    pub queues: u16,
+}
+
 /// A disk that is being served.
 #[derive(Debug)]
 pub struct Served {
@@ -108,7 +121,7 @@ pub struct Served {
 /// # Errors
 /// Any step's; nothing is left behind.
 pub fn serve(program: &Program, request: Request) -> Result<Served> {
-    let Request { image, policy, listen: place, file, metrics, monitor, export } = request;
+    let Request { image, policy, listen: place, file, device, metrics, monitor, export } = request;
     let chain = chain::open(program, &image, &policy)?;
     let launch = Launch {
         monitor: monitor.as_deref().map(listen).transpose()?,
@@ -133,6 +146,11 @@ pub fn serve(program: &Program, request: Request) -> Result<Served> {
     }
     if let Some(file) = file {
         served.mount(program, &node, &file)?;
+    }
+    if let Some(device) = device {
+        let listener = listen(&device.socket)?;
+        served.sockets.push(device.socket);
+        served.device(&listener, &node, device.queues)?;
     }
     Ok(served)
 }
@@ -190,6 +208,16 @@ impl Served {
         if options.allocation_depth {
             export["allocation-depth"] = json!(true);
         }
+        self.daemon.execute("block-export-add", export, &[])?;
+        Ok(())
+    }
+
+    fn device(&mut self, listener: &UnixListener, node: &str, queues: u16) -> Result<()> {
+        self.daemon.execute("getfd", json!({ "fdname": "vhost-user" }), &[listener.as_fd()])?;
+        let export = json!({
+            "type": "vhost-user-blk", "id": DEVICE, "node-name": node, "writable": self.is_writable(),
+            "addr": { "type": "fd", "str": "vhost-user" }, "num-queues": queues,
+        });
         self.daemon.execute("block-export-add", export, &[])?;
         Ok(())
     }

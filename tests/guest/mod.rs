@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A real guest: Debian's cloud kernel and a busybox initramfs under qemu-system, with a disk on an NBD socket.
+//! A real guest: Debian's cloud kernel and a busybox initramfs under qemu-system, with a disk on a socket.
 //!
 //! Always under software emulation: a /dev/kvm that is there but cannot run this kernel hangs a guest instead of refusing it.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, unreachable_pub)]
@@ -70,9 +70,22 @@ impl Kernel {
 ///
 /// `drive` is QEMU's option for the disk without its interface.
 pub fn run(kernel: &Kernel, scratch: &Scratch, drive: &str, script: &str) -> String {
+    run_with(kernel, scratch, &["-drive", &format!("if=virtio,{drive}")], script)
+}
+
+/// The same with a disk on the socket of a vhost-user-blk export.
+pub fn run_vhost_user(kernel: &Kernel, scratch: &Scratch, socket: &str, queues: u16, script: &str) -> String {
+    let chardev = format!("socket,id=disk,path={socket}");
+    let device = format!("vhost-user-blk-pci,chardev=disk,num-queues={queues}");
+    let memory = "memory-backend-memfd,id=ram,size=256M,share=on";
+    let arguments = ["-object", memory, "-machine", "memory-backend=ram", "-smp", "2"];
+    run_with(kernel, scratch, &[&arguments[..], &["-chardev", &chardev, "-device", &device]].concat(), script)
+}
+
+fn run_with(kernel: &Kernel, scratch: &Scratch, disk: &[&str], script: &str) -> String {
     let root = scratch.path("initramfs");
     let initrd = scratch.path("initrd");
-    for directory in ["bin", "dev", "proc", "mnt", "modules"] {
+    for directory in ["bin", "dev", "proc", "sys", "mnt", "modules"] {
         fs::create_dir_all(root.join(directory)).unwrap();
     }
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists()).unwrap();
@@ -85,7 +98,7 @@ pub fn run(kernel: &Kernel, scratch: &Scratch, drive: &str, script: &str) -> Str
     }
     let init = format!(
         "#!/bin/busybox sh\n/bin/busybox --install -s /bin\nexport PATH=/bin\n\
-         mount -t devtmpfs dev /dev\nmount -t proc proc /proc\n{insert}\
+         mount -t devtmpfs dev /dev\nmount -t proc proc /proc\nmount -t sysfs sys /sys\n{insert}\
          echo BEGIN\n( set -e\n{script}\n) 2>&1\necho END $?\nsync\npoweroff -f\n"
     );
     fs::write(root.join("init"), init).unwrap();
@@ -100,7 +113,7 @@ pub fn run(kernel: &Kernel, scratch: &Scratch, drive: &str, script: &str) -> Str
         .args(["-kernel", kernel.image.to_str().unwrap(), "-initrd", initrd.to_str().unwrap()])
         .args(["-append", "console=ttyS0 quiet panic=-1"])
         .args(["-serial", &format!("file:{}", serial.display())])
-        .args(["-drive", &format!("if=virtio,{drive}")])
+        .args(disk)
         .stdin(Stdio::null())
         .output()
         .unwrap();

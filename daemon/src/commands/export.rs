@@ -11,11 +11,12 @@ use qmp::{Arguments, Call, Command, Definition, Error, Event, Member, PendingFds
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::vhost_user::{self, Common};
 use super::{block_error, words};
 use crate::state::Daemon;
 
 /// The kinds of exports there are, one line each.
-const EXPORTS: &[&str] = &["nbd", "fuse"];
+const EXPORTS: &[&str] = &["nbd", "fuse", "vhost-user-blk"];
 
 pub fn types() -> Vec<Definition> {
     vec![
@@ -37,11 +38,15 @@ pub fn types() -> Vec<Definition> {
                 Member::optional(
                     "writethrough",
                     Type::Bool,
-                    "Whether every change is on stable storage before it is answered; over NBD alone.",
+                    "Whether every change is on stable storage before it is answered; not over FUSE.",
                 ),
             ],
             "type",
-            [("nbd", Type::Named("BlockExportOptionsNbd")), ("fuse", Type::Named("BlockExportOptionsFuse"))],
+            [
+                ("nbd", Type::Named("BlockExportOptionsNbd")),
+                ("fuse", Type::Named("BlockExportOptionsFuse")),
+                ("vhost-user-blk", Type::Named("BlockExportOptionsVhostUserBlk")),
+            ],
             "An export to be made.",
         ),
         Definition::structure(
@@ -165,6 +170,8 @@ struct Add {
     allocation_depth: Option<bool>,
     #[serde(flatten)]
     fuse: Fuse,
+    #[serde(flatten)]
+    vhost_user: vhost_user::Options,
 }
 
 #[derive(Deserialize)]
@@ -195,6 +202,7 @@ fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
         bitmaps,
         allocation_depth,
         fuse,
+        vhost_user,
     } = call.parse()?;
     let writable = writable.unwrap_or(false);
     if !block::id_is_well_formed(&id) {
@@ -219,6 +227,10 @@ fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
             return Err(Error::generic("'writethrough' is not supported for FUSE by this version; leave it out"));
         }
         return add_fuse(daemon, id, node, writable, fuse);
+    }
+    if r#type == "vhost-user-blk" {
+        let common = Common { id, node, writable, writethrough: writethrough.unwrap_or(false) };
+        return vhost_user::add(daemon, common, vhost_user);
     }
     let name = name.unwrap_or_else(|| node_name.clone());
     for (what, text) in [("name", Some(&name)), ("description", description.as_ref())] {

@@ -16,6 +16,7 @@ mod objects;
 mod options;
 mod reopen;
 mod statistics;
+mod vhost_user;
 
 use qmp::{Arguments, Command, Definition, Event, Table, Version};
 use serde_json::Value;
@@ -43,6 +44,7 @@ pub fn table() -> Table<Daemon> {
         nbd_server::types(),
         node_query::types(),
         statistics::types(),
+        vhost_user::types(),
     ]
     .concat();
     let mut commands = vec![Command::new("quit", "Ends the daemon.", Arguments::NONE, quit)];
