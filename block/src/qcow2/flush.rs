@@ -17,6 +17,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -24,8 +25,7 @@ use rustix::io::Errno;
 use super::Qcow2;
 use super::entry::{Kind, L1Entry};
 use super::meta::{Meta, Unnamed};
-use super::refcounts::Refused;
-use crate::Preallocation;
+use crate::{BlockNode, Preallocation};
 
 /// What one round writes: a consistent picture of a moment.
 struct Round {
@@ -67,7 +67,8 @@ impl Qcow2 {
                 if !round.unnamed.is_empty() {
                     meta.limbo.push((turns, round.unnamed));
                 }
-                self.give_back(&mut meta)
+                drop(meta);
+                self.give_back()
             }
             Err(e) => {
                 undo(&mut meta, round);
@@ -83,8 +84,8 @@ impl Qcow2 {
 
     /// Takes a picture of what has changed; `None` if nothing has.
     fn begin_round(&self) -> io::Result<Option<Round>> {
+        self.give_back()?;
         let mut meta = self.meta();
-        self.give_back(&mut meta)?;
         if meta.is_clean() {
             return Ok(None);
         }
@@ -142,23 +143,58 @@ impl Qcow2 {
         self.file.flush()
     }
 
-    /// Gives back what no request can see any more.
-    fn give_back(&self, meta: &mut Meta) -> io::Result<()> {
-        if meta.limbo.is_empty() {
-            return Ok(());
+    /// Gives back what no request can see any more. One at a time: it stands in the order of rounds.
+    fn give_back(&self) -> io::Result<()> {
+        let over = self.take_over();
+        // The host's room goes first, without the lock: as long as a cluster is counted nobody else gets it.
+        for range in self.last_used(&over)? {
+            self.discard_host(&self.file, range.start, range.end - range.start);
         }
-        while self.gate.turn() && meta.limbo.iter().any(|(since, _)| self.gate.turns() < since + 2) {}
-        let turns = self.gate.turns();
-        let (over, waiting) = std::mem::take(&mut meta.limbo).into_iter().partition(|(since, _)| turns >= since + 2);
-        meta.limbo = waiting;
-        let over: Vec<(usize, Vec<Unnamed>)> = over;
-        for unnamed in over.into_iter().flat_map(|(_, unnamed)| unnamed) {
-            self.release(meta, unnamed)?;
+        for unnamed in over {
+            self.release(&mut self.meta(), unnamed)?;
         }
         Ok(())
     }
 
-    /// One user less for the clusters of some host bytes; the host file gets back those that have none left.
+    /// What has waited for two turns of the gate.
+    fn take_over(&self) -> Vec<Unnamed> {
+        let mut meta = self.meta();
+        while meta.limbo.iter().any(|(since, _)| self.gate.turns() < since + 2) && self.gate.turn() {}
+        let turns = self.gate.turns();
+        let (over, waiting): (Vec<_>, _) =
+            std::mem::take(&mut meta.limbo).into_iter().partition(|(since, _)| turns >= since + 2);
+        meta.limbo = waiting;
+        over.into_iter().flat_map(|(_, unnamed)| unnamed).collect()
+    }
+
+    /// The clusters among `unnamed` that have no other user, in runs of bytes.
+    fn last_used(&self, unnamed: &[Unnamed]) -> io::Result<Vec<Range<u64>>> {
+        let size = self.rules.cluster_size();
+        let mut places: Vec<u64> = unnamed
+            .iter()
+            .filter(|unnamed| unnamed.stays_of.is_none() && unnamed.offset.is_multiple_of(size))
+            .flat_map(|unnamed| {
+                (unnamed.offset..unnamed.offset + unnamed.len / size * size).step_by(1 << self.rules.cluster_bits)
+            })
+            .collect();
+        places.sort_unstable();
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for place in places {
+            let mut meta = self.meta();
+            let Some(counts) = &mut meta.refcounts else { return Ok(runs) };
+            match counts.get(place >> self.rules.cluster_bits) {
+                Ok(1) => match runs.last_mut() {
+                    Some(run) if run.end == place => run.end += size,
+                    _ => runs.push(place..place + size),
+                },
+                Ok(_) => {}
+                Err(refused) => return Err(self.refusal(&mut meta, refused)),
+            }
+        }
+        Ok(runs)
+    }
+
+    /// One user less for the clusters of some host bytes.
     fn release(&self, meta: &mut Meta, unnamed: Unnamed) -> io::Result<()> {
         let bits = self.rules.cluster_bits;
         let Unnamed { offset, len, stays_of } = unnamed;
@@ -169,33 +205,26 @@ impl Qcow2 {
                 && (0..self.rules.units_per_cluster())
                     .all(|unit| matches!(entry.kind(unit, self.rules), Kind::Zero | Kind::Unallocated));
             if is_unused {
-                self.discard_host(offset, len);
+                self.discard_host(&self.data, offset, len);
             }
             return Ok(());
         }
         for cluster in offset >> bits..=(offset + len - 1) >> bits {
             let Some(counts) = &mut meta.refcounts else { return Ok(()) };
             match counts.drop_user(cluster) {
-                Ok(0) => {
-                    if meta.compressed_end.is_some_and(|end| end >> bits == cluster) {
-                        meta.compressed_end = None;
-                    }
-                    self.discard_host(cluster << bits, 1 << bits);
-                }
+                Ok(0) if meta.compressed_end.is_some_and(|end| end >> bits == cluster) => meta.compressed_end = None,
                 Ok(_) => {}
-                Err(Refused::Corrupt(text, at)) => return Err(self.corrupt(meta, text, Some(at))),
-                Err(Refused::Io(e)) => return Err(e),
-                Err(Refused::TableFull | Refused::Busy) => return Err(Errno::IO.into()),
+                Err(refused) => return Err(self.refusal(meta, refused)),
             }
         }
         Ok(())
     }
 
     /// A hint to the node below, which decides whether it gives room back.
-    fn discard_host(&self, offset: u64, len: u64) {
-        let there = self.data.len().saturating_sub(offset).min(len);
+    fn discard_host(&self, node: &BlockNode, offset: u64, len: u64) {
+        let there = node.len().saturating_sub(offset).min(len);
         if there > 0
-            && let Err(e) = self.data.discard(offset, there)
+            && let Err(e) = node.discard(offset, there)
         {
             tracing::debug!(node = self.node_name, offset, "discard: {e}");
         }

@@ -92,6 +92,8 @@ pub(crate) struct Qcow2 {
     inflated: Inflated,
     /// Whether requests must be counted: places change hands.
     writable: AtomicBool,
+    /// Whether the image was found damaged while it was written: no more writing.
+    damaged: AtomicBool,
     /// Requests that look at the mapping or use what they saw.
     gate: Gate,
     meta: Mutex<Meta>,
@@ -123,6 +125,7 @@ impl Qcow2 {
     fn corrupt(&self, meta: &mut Meta, text: String, offset: Option<u64>) -> io::Error {
         if meta.refcounts.is_some() && !meta.corrupt {
             meta.corrupt = true;
+            self.damaged.store(true, Ordering::Relaxed);
             if self.rules.version > 2 {
                 let field = (self.header.incompatible | header::CORRUPT).to_be_bytes();
                 let marked = self.file.write(&field, header::AT_INCOMPATIBLE, false).and_then(|()| self.file.flush());

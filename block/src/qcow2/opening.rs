@@ -70,6 +70,7 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         discard_no_unref: request.options.get("discard-no-unref") == Some(&OptionValue::Bool(true)),
         alarm: request.alarm,
         writable: AtomicBool::new(false),
+        damaged: AtomicBool::new(false),
         gate: Gate::default(),
         meta: Mutex::new(Meta { l1_room, ..Meta::default() }),
         landed: Condvar::new(),

@@ -8,6 +8,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
@@ -54,6 +55,9 @@ impl Qcow2 {
     /// Room for a write: see [`crate::Driver::prepare_write`].
     pub fn prepare(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
         let inside = offset & (self.rules.cluster_size() - 1);
+        if self.damaged.load(Ordering::Relaxed) {
+            return Err(Errno::IO.into());
+        }
         loop {
             let hold = self.gate.enter();
             let run = self.look_up(offset, len, Wait::Allowed, Purpose::Overwrite)?;
@@ -80,8 +84,6 @@ impl Qcow2 {
             self.check_writable(&meta)?;
             match work(&mut meta) {
                 Ok(done) => return Ok(done),
-                Err(Refused::Io(e)) => return Err(e),
-                Err(Refused::Corrupt(text, offset)) => return Err(self.corrupt(&mut meta, text, Some(offset))),
                 Err(Refused::Busy) => {
                     meta = self.landed.wait(meta).unwrap_or_else(std::sync::PoisonError::into_inner);
                 }
@@ -90,7 +92,17 @@ impl Qcow2 {
                     self.grow_refcount_table()?;
                     meta = self.meta();
                 }
+                Err(refused) => return Err(self.refusal(&mut meta, refused)),
             }
+        }
+    }
+
+    /// The error of a request that was refused for good.
+    pub fn refusal(&self, meta: &mut Meta, refused: Refused) -> io::Error {
+        match refused {
+            Refused::Io(e) => e,
+            Refused::Corrupt(text, offset) => self.corrupt(meta, text, Some(offset)),
+            Refused::TableFull | Refused::Busy => Errno::IO.into(),
         }
     }
 
