@@ -80,6 +80,9 @@ pub fn make_disk(path: &Path, size: u64) {
 /// Runs a workload for a while.
 pub fn measure(server: &Running, workload: &Workload, length: Duration) -> Measured {
     let mut first = Connection::open(&server.socket);
+    if workload.format == Format::EmptyQcow2 {
+        first.write(0, workload.block);
+    }
     first.read_and_check(0, workload.block);
     let start = server.started.elapsed();
     // Warms the server up: its metadata, and the processor's caches.
@@ -148,6 +151,16 @@ impl Connection {
         let mut export = [0; 10];
         socket.read_exact(&mut export)?;
         Ok(Connection { socket, size: u64::from_be_bytes(export[..8].try_into().unwrap()) })
+    }
+
+    fn write(&mut self, offset: u64, len: usize) {
+        let mut request = Vec::new();
+        header(&mut request, true, 0, offset, len);
+        let mut payload = vec![0; len];
+        pattern(&mut payload, offset);
+        request.extend(payload);
+        self.socket.write_all(&request).unwrap();
+        self.socket.read_exact(&mut [0; 16]).unwrap();
     }
 
     fn read_and_check(&mut self, offset: u64, len: usize) {

@@ -28,7 +28,7 @@ Usage: cargo bench --bench nbd -- [--rounds N] [--seconds N] [--size MIB] [--onl
   --json FILE   write every measurement there, too
 ";
 
-/// Every workload. `qcow2` ones read allocated clusters of an image made by qemu-img.
+/// Every workload. `qcow2` ones use allocated clusters of an image made by qemu-img; `empty qcow2` ones allocate all the time.
 const WORKLOADS: &[Workload] = &[
     Workload::new("4k randread qd1", Format::Raw, 4096, 1, 1, 0),
     Workload::new("4k randread qd32", Format::Raw, 4096, 32, 1, 0),
@@ -39,6 +39,9 @@ const WORKLOADS: &[Workload] = &[
     Workload::sequential("256k write qd8", Format::Raw, 256 << 10, 8, 100),
     Workload::new("qcow2 4k randread qd32", Format::Qcow2, 4096, 32, 1, 0),
     Workload::new("qcow2 4k randread qd32 x2", Format::Qcow2, 4096, 32, 2, 0),
+    Workload::new("qcow2 4k randwrite qd32", Format::Qcow2, 4096, 32, 1, 100),
+    Workload::new("empty qcow2 4k randwrite qd32", Format::EmptyQcow2, 4096, 32, 1, 100),
+    Workload::new("empty qcow2 4k randwrite qd32 x2", Format::EmptyQcow2, 4096, 32, 2, 100),
 ];
 
 struct Options {
@@ -59,6 +62,7 @@ fn main() {
     if qcow2.is_none() {
         println!("left out: qcow2 workloads (qemu-img is not installed)");
     }
+    let empty = dir.path().join("empty.qcow2");
     let servers: Vec<&Server> = SERVERS.iter().filter(|server| server.is_there()).collect();
     for missing in SERVERS.iter().filter(|server| !server.is_there()) {
         println!("left out: {} (not installed)", missing.name);
@@ -69,9 +73,13 @@ fn main() {
             let image = match workload.format {
                 Format::Raw => Some(&raw),
                 Format::Qcow2 => qcow2.as_ref(),
+                Format::EmptyQcow2 => qcow2.as_ref().map(|_| &empty),
             };
             let Some(image) = image else { continue };
             for server in servers.iter().filter(|server| server.reads(workload.format)) {
+                if workload.format == Format::EmptyQcow2 {
+                    servers::make_empty(&empty);
+                }
                 let running = server.start(image, workload.format, dir.path(), workload.writes == 0);
                 let measured = load::measure(&running, workload, Duration::from_secs(options.seconds));
                 report.add(round, workload.name, server.name, measured);

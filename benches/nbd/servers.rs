@@ -13,13 +13,15 @@ use std::time::{Duration, Instant};
 pub enum Format {
     Raw,
     Qcow2,
+    /// An empty image of 64 GiB, made anew for each measurement.
+    EmptyQcow2,
 }
 
 impl Format {
     fn name(self) -> &'static str {
         match self {
             Format::Raw => "raw",
-            Format::Qcow2 => "qcow2",
+            Format::Qcow2 | Format::EmptyQcow2 => "qcow2",
         }
     }
 }
@@ -37,7 +39,7 @@ pub const SERVERS: &[Server] = &[
     Server {
         name: "doorless",
         program: env!("CARGO_BIN_EXE_doorless"),
-        formats: &[Format::Raw, Format::Qcow2],
+        formats: &[Format::Raw, Format::Qcow2, Format::EmptyQcow2],
         arguments: |image, format, socket, read_only| {
             let mut arguments = words(&["serve", "--format", format, "--socket", socket, image]);
             if read_only {
@@ -49,7 +51,7 @@ pub const SERVERS: &[Server] = &[
     Server {
         name: "qemu-storage-daemon",
         program: "qemu-storage-daemon",
-        formats: &[Format::Raw, Format::Qcow2],
+        formats: &[Format::Raw, Format::Qcow2, Format::EmptyQcow2],
         arguments: |image, format, socket, read_only| {
             let switch = if read_only { "on" } else { "off" };
             let writable = if read_only { "off" } else { "on" };
@@ -68,7 +70,7 @@ pub const SERVERS: &[Server] = &[
     Server {
         name: "qemu-nbd",
         program: "qemu-nbd",
-        formats: &[Format::Raw, Format::Qcow2],
+        formats: &[Format::Raw, Format::Qcow2, Format::EmptyQcow2],
         arguments: |image, format, socket, read_only| {
             let mut arguments = words(&["-t", "-e", "16", "--cache=writeback", "-f", format, "-k", socket, image]);
             if read_only {
@@ -128,6 +130,12 @@ impl Server {
 pub fn convert(raw: &Path, qcow2: &Path) -> Option<PathBuf> {
     let status = Command::new("qemu-img").args(["convert", "-f", "raw", "-O", "qcow2"]).args([raw, qcow2]).status();
     status.is_ok_and(|status| status.success()).then(|| qcow2.to_owned())
+}
+
+/// An empty qcow2 image of 64 GiB.
+pub fn make_empty(qcow2: &Path) {
+    let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(qcow2).arg("64G").status().unwrap();
+    assert!(made.success());
 }
 
 /// A server that is serving.
