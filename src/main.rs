@@ -8,9 +8,9 @@ mod nbd;
 mod nbd_client;
 mod serve;
 mod table;
+mod top;
 
 use std::ffi::{OsStr, OsString};
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -34,6 +34,8 @@ enum Verb {
     Serve(Box<serve::Options>),
     /// Show what a running daemon was passed, or look for descriptors that it has lost sight of.
     Fdsets(fdsets::Options),
+    /// Watch what running daemons are asked: exports, clients, nodes, fd sets.
+    Top(top::Options),
     /// Show on a small disk how it works, and that the daemon cannot get out.
     Demo(demo::Options),
     /// The confined daemon alone, driven over QMP (see `doorless daemon --help`).
@@ -98,7 +100,7 @@ const STORAGE_DAEMON: daemon::Style =
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(false)
         .without_time()
         .with_target(false)
         .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
@@ -122,6 +124,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
     match verb {
         Verb::Serve(options) => serve::run(&options)?,
         Verb::Fdsets(options) => return fdsets::run(&options),
+        Verb::Top(options) => top::run(&options)?,
         Verb::Demo(options) => return demo::run(&options),
         Verb::Daemon(Rest { arguments }) => daemon::run(DAEMON, arguments)?,
         Verb::Nbd(Rest { arguments }) => return nbd::run("doorless nbd", arguments),

@@ -76,6 +76,14 @@ impl Monitor {
         self.execute("query-fdsets", json!({ "detail": true }))
     }
 
+    /// The answer of `query-statistics`.
+    ///
+    /// # Errors
+    /// It is no daemon of ours, or has gone.
+    pub fn statistics(&mut self) -> Result<Value> {
+        self.execute("query-statistics", Value::Null)
+    }
+
     /// Compares the daemon's books with the kernel's. What changes meanwhile is held against neither.
     ///
     /// # Errors

@@ -92,6 +92,7 @@ pub fn types() -> Vec<Definition> {
         Definition::structure(
             "Statistics",
             [
+                Member::required("pid", Type::Int, "This process."),
                 Member::required(
                     "latency-ends",
                     Type::Array(&Type::Int),
@@ -250,7 +251,7 @@ fn statistics(daemon: &mut Daemon, _: Call<'_>) -> Result<Value, Error> {
     });
     let nodes: Vec<Value> = nodes.collect();
     let ends: Vec<u64> = (0..BUCKETS).filter_map(bucket_end).collect();
-    Ok(json!({ "latency-ends": ends, "exports": exports, "nodes": nodes }))
+    Ok(json!({ "pid": std::process::id(), "latency-ends": ends, "exports": exports, "nodes": nodes }))
 }
 
 fn requests(stats: &Stats) -> Vec<Value> {
