@@ -7,9 +7,11 @@ mod harness;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use harness::{DOORLESS, Scratch, Serve, doorless, judges, run};
+use rustix::process::{Pid, Signal, kill_process_group};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use serde_json::Value;
@@ -31,7 +33,10 @@ impl Watched {
     /// Reads and writes until it is killed.
     fn load(&self) -> Load {
         let script = "while true; do echo 'read 0 64k'; echo 'write 0 4k'; echo 'read 1000000 4k'; done | qemu-io -f raw $0 >/dev/null";
-        Load(Command::new("bash").args(["-c", script, &self.serve.uri]).stderr(Stdio::null()).spawn().unwrap())
+        let mut bash = Command::new("bash");
+        // A group of its own: the shell, its loop, and the program behind the pipe.
+        bash.args(["-c", script, &self.serve.uri]).stderr(Stdio::null()).process_group(0);
+        Load(bash.spawn().unwrap())
     }
 }
 
@@ -39,8 +44,7 @@ struct Load(Child);
 
 impl Drop for Load {
     fn drop(&mut self) {
-        // The pipe's two ends go with the shell: the program at its end reads the end of its input.
-        self.0.kill().unwrap();
+        kill_process_group(Pid::from_child(&self.0), Signal::KILL).unwrap();
         self.0.wait().unwrap();
     }
 }
