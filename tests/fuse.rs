@@ -8,6 +8,7 @@ mod harness;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Command;
@@ -493,6 +494,35 @@ fn the_daemon_says_what_it_must_be_passed() {
     assert_eq!(refused(Some(loose), json!({})), "The descriptor 'f' is not mounted");
     // The node is free, and the daemon as good as before.
     daemon.ok("blockdev-del", json!({ "node-name": "n" }));
+}
+
+#[test]
+fn the_command_line_takes_an_inherited_device() {
+    if !can_mount("the_command_line_takes_an_inherited_device") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let path = scratch.path("disk");
+    fs::write(&path, "").unwrap();
+    fs::write(scratch.path("image"), noise(4096, 21)).unwrap();
+    let mount = Mount::make(&program(), &path, true, AllowOther::Off).unwrap();
+    let device = mount.device().try_clone_to_owned().unwrap();
+    rustix::io::fcntl_setfd(&device, rustix::io::FdFlags::empty()).unwrap();
+    let mut daemon = Command::new(DOORLESS)
+        .args([
+            "daemon",
+            "--blockdev",
+            &format!("driver=file,node-name=n,read-only=on,filename={}", scratch.name("image")),
+        ])
+        .args(["--export", &format!("type=fuse,id=e,node-name=n,mountpoint=disk,fd={}", device.as_raw_fd())])
+        .spawn()
+        .unwrap();
+    drop(device);
+    let attached = mount.attach().unwrap();
+    assert!(fs::read(&path).unwrap() == noise(4096, 21));
+    drop(attached);
+    kill_process(Pid::from_child(&daemon), Signal::TERM).unwrap();
+    assert!(daemon.wait().unwrap().success());
 }
 
 #[test]

@@ -41,9 +41,11 @@ Serves disk images that arrive as descriptors. The process confines itself befor
   --metrics-server addr.type=fd|unix|inet,addr....
                          answer scrapers of OpenMetrics (HTTP, GET /metrics) on a socket as of --nbd-server
   --export [type=]nbd,id=ID,node-name=NODE[,name=NAME][,writable=on|off]
+  --export [type=]fuse,id=ID,node-name=NODE,mountpoint=PATH,fd=N[,writable=on|off][,growable=on|off]
   --export [type=]vhost-user-blk,id=ID,node-name=NODE,addr.type=fd,addr.str=N[,num-queues=N][,writable=on|off]
   --export [type=]vhost-user-blk,id=ID,node-name=NODE,addr.type=unix,addr.path=PATH[,...]
-                         as block-export-add; a socket is inherited, or made before the process is confined
+                         as block-export-add; a socket is inherited, or made before the process is confined; a mounted,
+                         non-blocking /dev/fuse is inherited
   --confine require|best-effort
                          whether every layer of confinement must be had; default require
   --fd-policy strict|compat

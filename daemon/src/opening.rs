@@ -176,13 +176,19 @@ impl Openings {
     /// # Errors
     /// A sentence for the user.
     pub fn export(&mut self, options: &mut Value) -> Result<(), String> {
+        let name = format!("command-line-export-{}", options["id"].as_str().unwrap_or_default());
+        if let Some(device) = options["fd"].as_str() {
+            let device = inherited(device)?;
+            options["fd"] = name.as_str().into();
+            self.named.push((name, device));
+            return Ok(());
+        }
         let address = &options["addr"];
         let socket = match (address["str"].as_str(), address["path"].as_str()) {
             (Some(fd), _) => inherited(fd)?,
             (None, Some(path)) => listen(path)?,
             (None, None) => return Ok(()),
         };
-        let name = format!("command-line-export-{}", options["id"].as_str().unwrap_or_default());
         options["addr"] = json!({ "type": "fd", "str": name });
         self.named.push((name, socket));
         Ok(())
