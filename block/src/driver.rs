@@ -13,10 +13,11 @@ use crate::alarm::Alarm;
 use crate::claims::{Demand, Writes};
 use crate::gate::Hold;
 use crate::host::Descriptor;
-use crate::{BlockNode, Error, Preallocation, Result, file, qcow2, raw};
+use crate::{BlockNode, Error, Preallocation, Result, file, qcow2, raw, vdi, vpc};
 
 /// Every format, one line each: `blockdev-add`'s schema, its options and the reference docs follow from it.
-pub const DRIVERS: &[DriverEntry] = &[file::ENTRY, file::DEVICE_ENTRY, qcow2::ENTRY, raw::ENTRY];
+pub const DRIVERS: &[DriverEntry] =
+    &[file::ENTRY, file::DEVICE_ENTRY, qcow2::ENTRY, raw::ENTRY, vdi::ENTRY, vpc::ENTRY];
 
 /// The driver called `name`, exactly.
 pub fn driver_named(name: &str) -> Option<&'static DriverEntry> {

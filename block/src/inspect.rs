@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What an image is, before anything is opened for it: for the confined inspector, and for nobody else.
 
+use std::sync::Arc;
+
+use crate::alarm::Alarm;
+use crate::driver::OpenRequest;
 use crate::qcow2::header::Header;
 use crate::{BlockNode, DRIVERS, Error, Result, Wait, driver_named};
 
@@ -26,7 +30,7 @@ pub struct Inspection {
 ///
 /// # Errors
 /// `Unsupported` for a format that does not exist here, and whatever is wrong with the header.
-pub fn inspect(file: &BlockNode, format: Option<&str>) -> Result<Inspection> {
+pub fn inspect(file: &Arc<BlockNode>, format: Option<&str>) -> Result<Inspection> {
     let entry = match format {
         Some(name) => driver_named(name).filter(|entry| !entry.takes_descriptor),
         None => {
@@ -35,15 +39,12 @@ pub fn inspect(file: &BlockNode, format: Option<&str>) -> Result<Inspection> {
             DRIVERS.iter().find(|entry| (entry.probe)(&start)).or_else(|| driver_named("raw"))
         }
     };
-    let (format, writable) = match entry {
-        Some(entry) => (entry.name, entry.writes),
-        None => {
-            let known: Vec<&str> =
-                DRIVERS.iter().filter(|entry| !entry.takes_descriptor).map(|entry| entry.name).collect();
-            let asked = format.unwrap_or_default().escape_debug();
-            return Err(Error::unsupported(format!("unknown format '{asked}'; there are {}", known.join(", "))));
-        }
+    let Some(entry) = entry else {
+        let known: Vec<&str> = DRIVERS.iter().filter(|entry| !entry.takes_descriptor).map(|entry| entry.name).collect();
+        let asked = format.unwrap_or_default().escape_debug();
+        return Err(Error::unsupported(format!("unknown format '{asked}'; there are {}", known.join(", "))));
     };
+    let (format, writable) = (entry.name, entry.writes);
     let raw = Inspection {
         format,
         virtual_size: file.len(),
@@ -52,8 +53,21 @@ pub fn inspect(file: &BlockNode, format: Option<&str>) -> Result<Inspection> {
         backing_format: None,
         data_file_name: None,
     };
-    if format != "qcow2" {
+    if format == "raw" {
         return Ok(raw);
+    }
+    if format != "qcow2" {
+        let opened = (entry.open)(OpenRequest {
+            descriptor: None,
+            filename: file.filename().to_owned(),
+            children: [("file", Arc::clone(file))].into(),
+            detached: ["backing"].into(),
+            options: [].into(),
+            writable: false,
+            node_name: file.name().to_owned(),
+            alarm: Alarm::default(),
+        })?;
+        return Ok(Inspection { virtual_size: opened.len(), ..raw });
     }
     let header = Header::read(file)?;
     Ok(Inspection {

@@ -9,6 +9,7 @@
 //! Nothing here opens a file: the `file` driver takes a descriptor, every other driver takes nodes.
 
 mod alarm;
+mod blocks;
 mod claims;
 mod coalesce;
 mod driver;
@@ -24,6 +25,8 @@ mod qcow2;
 mod raw;
 mod scatter;
 pub mod stats;
+mod vdi;
+mod vpc;
 
 pub use alarm::{Alarm, Corruption};
 pub use claims::{Claim, Demand, Use, User, Writes};
