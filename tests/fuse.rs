@@ -189,6 +189,22 @@ fn any_order_of_reads_writes_and_holes_agrees_with_memory() {
 }
 
 #[test]
+fn writers_in_parallel_lose_nothing() {
+    let test = "writers_in_parallel_lose_nothing";
+    if !can_mount(test) || !judges(test, &["fio"]) {
+        return;
+    }
+    let served = Served::start(&vec![0; 16 * MIB], &[]);
+    let file = format!("--filename={}", served.scratch.name("disk"));
+    for engine in [["--ioengine=libaio", "--direct=1"], ["--ioengine=psync", "--direct=0"]] {
+        let common =
+            ["--name=x", "--size=4m", "--offset_increment=4m", "--numjobs=4", "--rw=randrw", "--bsrange=512-64k"];
+        let verify = ["--iodepth=16", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--group_reporting"];
+        run("fio", &[&common[..], &verify, &engine, &[&file]].concat());
+    }
+}
+
+#[test]
 fn seeking_finds_data_and_holes() {
     if !can_mount("seeking_finds_data_and_holes") {
         return;

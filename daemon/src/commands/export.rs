@@ -89,7 +89,8 @@ pub fn types() -> Vec<Definition> {
                 Member::optional(
                     "growable",
                     Type::Bool,
-                    "Whether the size may change: by writes past the end, truncate(2) and fallocate(2); default false.",
+                    "Whether the size may change: by writes past the end, truncate(2) and fallocate(2), in whole sectors of 512 \
+                     bytes; default false.",
                 ),
                 Member::optional(
                     "allow-other",

@@ -44,7 +44,8 @@ impl Metrics {
 
     /// Those who wait for a text.
     pub fn waiting(&self) -> Vec<Sender<String>> {
-        self.0.as_ref().map(|server| std::mem::take(&mut *server.0.waiting())).unwrap_or_default()
+        let server = self.0.as_ref();
+        server.and_then(|server| server.0.waiting().as_mut().map(std::mem::take)).unwrap_or_default()
     }
 
     /// Number of every descriptor of the server and what it is. A scraper's connection is not among them: it is gone within
@@ -67,7 +68,8 @@ pub struct Server(Arc<Shared>, Option<JoinHandle<()>>);
 struct Shared {
     /// Told that somebody waits.
     wake: Arc<Wake>,
-    waiting: Mutex<Vec<Sender<String>>>,
+    /// Those who wait for a text; `None` once nobody will make one any more.
+    waiting: Mutex<Option<Vec<Sender<String>>>>,
     /// Readable for ever once the thread should end.
     stop: OwnedFd,
     listener: RawFd,
@@ -83,8 +85,8 @@ impl Server {
     pub fn start(listener: OwnedFd, wake: Arc<Wake>) -> io::Result<Server> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let number = listener.as_raw_fd();
-        let shared =
-            Arc::new(Shared { wake, waiting: Mutex::default(), stop, listener: number, scraper: Mutex::default() });
+        let waiting = Mutex::new(Some(Vec::new()));
+        let shared = Arc::new(Shared { wake, waiting, stop, listener: number, scraper: Mutex::default() });
         let serving = Arc::clone(&shared);
         let thread = thread::Builder::new().name("metrics".into()).stack_size(256 << 10);
         let thread = thread.spawn(move || serving.serve(&listener))?;
@@ -95,8 +97,8 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         let _ = rustix::io::write(&self.0.stop, &1u64.to_ne_bytes());
-        // Whoever waits for a text gets none.
-        self.0.waiting().clear();
+        // Whoever waits for a text gets none: this is the thread that would make it.
+        *self.0.waiting() = None;
         if let Some(thread) = self.1.take() {
             let _ = thread.join();
         }
@@ -104,7 +106,7 @@ impl Drop for Server {
 }
 
 impl Shared {
-    fn waiting(&self) -> MutexGuard<'_, Vec<Sender<String>>> {
+    fn waiting(&self) -> MutexGuard<'_, Option<Vec<Sender<String>>>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -139,7 +141,7 @@ impl Shared {
     /// Asks the control thread. `None` if it has other plans.
     fn text(&self) -> Option<String> {
         let (sender, receiver): (_, Receiver<String>) = channel();
-        self.waiting().push(sender);
+        self.waiting().as_mut()?.push(sender);
         self.wake.up();
         receiver.recv_timeout(http::PATIENCE).ok()
     }
