@@ -138,6 +138,8 @@ pub struct Ended {
 struct Stop {
     flag: AtomicBool,
     event: OwnedFd,
+    /// The queue has ended: its thread may take a moment longer.
+    ended: AtomicBool,
 }
 
 impl Running {
@@ -147,7 +149,7 @@ impl Running {
     /// `EMFILE`; no thread to be had; a notification that cannot be waited for.
     pub fn start(setup: Setup) -> io::Result<Running> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let stop = Arc::new(Stop { flag: AtomicBool::new(false), event });
+        let stop = Arc::new(Stop { flag: AtomicBool::new(false), event, ended: AtomicBool::new(false) });
         let completions = Completions::new()?;
         let wait = epoll::create(CreateFlags::CLOEXEC)?;
         let edge = EventFlags::IN | EventFlags::ET;
@@ -164,7 +166,7 @@ impl Running {
 
     /// Whether it has ended by itself.
     pub fn has_ended(&self) -> bool {
-        self.thread.is_finished()
+        self.stop.ended.load(Ordering::Acquire)
     }
 
     /// Numbers of the descriptors that it holds for itself.
@@ -211,6 +213,7 @@ fn run(setup: &Setup, stop: &Stop, completions: &Arc<Completions>, wait: &OwnedF
         Ok(served) => served.err(),
         Err(_) => Some(Corrupt::Layout("the queue's thread ended by a bug")),
     };
+    stop.ended.store(true, Ordering::Release);
     let _ = rustix::io::write(&setup.ended, &1u64.to_ne_bytes());
     Ended { next_available, corrupt }
 }
