@@ -18,3 +18,4 @@ demo:
 
 bench:
 	cargo bench --bench nbd
+	cargo bench --bench vhost_user

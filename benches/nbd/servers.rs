@@ -94,6 +94,40 @@ pub const SERVERS: &[Server] = &[
     },
 ];
 
+/// The same for a front end of vhost-user-blk in place of an NBD client.
+#[allow(dead_code, reason = "each benchmark has its own list")]
+pub const VHOST_USER: &[Server] = &[
+    Server {
+        name: "doorless",
+        program: env!("CARGO_BIN_EXE_doorless"),
+        formats: &[Format::Raw, Format::Qcow2],
+        arguments: |image, format, socket, read_only| {
+            let mut arguments = words(&["serve", "--format", format, "--vhost-user", socket, image]);
+            if read_only {
+                arguments.push("--read-only".into());
+            }
+            arguments
+        },
+    },
+    Server {
+        name: "qemu-storage-daemon",
+        program: "qemu-storage-daemon",
+        formats: &[Format::Raw, Format::Qcow2],
+        arguments: |image, format, socket, read_only| {
+            let switch = if read_only { "on" } else { "off" };
+            let writable = if read_only { "off" } else { "on" };
+            words(&[
+                "--blockdev",
+                &format!("driver=file,node-name=file,filename={image},read-only={switch}"),
+                "--blockdev",
+                &format!("driver={format},node-name=disk,file=file,read-only={switch}"),
+                "--export",
+                &format!("vhost-user-blk,id=disk,node-name=disk,addr.type=unix,addr.path={socket},writable={writable}"),
+            ])
+        },
+    },
+];
+
 fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|&word| word.to_owned()).collect()
 }

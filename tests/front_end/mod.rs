@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A VMM and its guest's driver in one: the front end of rust-vmm's `vhost` speaks the protocol, the rings are filled here.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::cast_possible_truncation, unreachable_pub)]
+#![allow(clippy::redundant_closure_for_method_calls, reason = "a method of a type with a life time is less general")]
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -170,6 +171,15 @@ impl<'m> FrontEnd<'m> {
         front
     }
 
+    /// The same guest with another back end, as QEMU does it: queues go on where the used ring stands, and the in-flight memory
+    /// tells the rest.
+    pub fn resume(self, socket: &Path) -> FrontEnd<'m> {
+        let FrontEnd { memory, options, queues, inflight, .. } = self;
+        let mut front = FrontEnd { queues, inflight, ..FrontEnd::greet(socket, memory, options) };
+        front.go(0..options.queues, |queue| queue.used_index());
+        front
+    }
+
     /// Negotiates features alone.
     pub fn greet(socket: &Path, memory: &'m Memory, options: Options) -> FrontEnd<'m> {
         let mut front = Frontend::from_stream(connect(socket), options.queues.into());
@@ -302,6 +312,11 @@ impl<'m> Queue<'m> {
         self.base + TABLES + u64::from(slot) * TABLE
     }
 
+    /// A slot's indirect table.
+    pub fn table(&self, slot: u16) -> Slice<'m> {
+        self.memory.at(self.table_at(slot), TABLE)
+    }
+
     /// Writes a descriptor into a table.
     pub fn describe(&self, table: Slice<'_>, index: u16, guest: u64, len: u32, flags: u16, next: u16) {
         let mut bytes = [0; 16];
@@ -333,7 +348,7 @@ impl<'m> Queue<'m> {
     pub fn submit(&mut self, slot: u16, ask: Ask) {
         self.put_header(slot, ask.kind, ask.sector);
         let (table, first) = if self.options.indirect {
-            (self.memory.at(self.table_at(slot), TABLE), 0)
+            (self.table(slot), 0)
         } else {
             assert!(ask.pieces <= 2);
             (self.descriptors, slot * 4)
