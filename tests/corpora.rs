@@ -58,3 +58,13 @@ fn the_formats_survive_their_corpus() {
 fn the_fuse_file_survives_its_corpus() {
     replay("fuse_requests", fuzzed::fuse_requests);
 }
+
+#[test]
+fn a_vhost_user_export_survives_the_messages_of_its_corpus() {
+    replay("vhost_user_messages", fuzzed::vhost_user_messages);
+}
+
+#[test]
+fn a_vhost_user_export_survives_the_rings_of_its_corpus() {
+    replay("vhost_user_rings", fuzzed::vhost_user_rings);
+}

@@ -4,6 +4,7 @@
 #![allow(dead_code, missing_docs, clippy::unwrap_used, unreachable_pub)]
 
 mod nbd;
+mod vhost_user;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -21,6 +22,7 @@ use fdset::{FdPolicy, Lifetime};
 use qmp::Parser;
 
 pub use nbd::{nbd_handshake, nbd_requests, nbd_tls};
+pub use vhost_user::{vhost_user_messages, vhost_user_rings};
 
 /// Bytes from a monitor's client, cut into messages.
 pub fn qmp_parser(data: &[u8]) {
