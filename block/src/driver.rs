@@ -355,6 +355,12 @@ pub trait Driver: Send + Sync {
     /// `EIO` and friends: then nothing is known about unflushed data.
     fn flush(&self) -> io::Result<()>;
 
+    /// Whether everything that tells where bytes live is on stable storage. If not, a write in place that must last needs a
+    /// flush: after a crash its place would not be found.
+    fn is_settled(&self) -> bool {
+        true
+    }
+
     /// Whether a write that passes the end makes the image longer, as it does for a regular file.
     fn grows(&self) -> bool {
         false

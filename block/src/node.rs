@@ -230,7 +230,7 @@ impl BlockNode {
                 Target::Zero | Target::Absent => return Err(Errno::IO.into()),
             }
             prepared.commit()?;
-            flush |= durable && !in_place;
+            flush |= durable && !(in_place && self.driver.is_settled());
             offset += piece.len() as u64;
             buf = rest;
         }

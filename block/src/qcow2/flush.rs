@@ -38,8 +38,6 @@ struct Round {
     slices: Vec<(u64, u64, Arc<[u64]>)>,
     l1: BTreeMap<usize, L1Entry>,
     unnamed: Vec<Unnamed>,
-    /// Where the file must end at least.
-    end: u64,
 }
 
 impl Qcow2 {
@@ -59,6 +57,10 @@ impl Qcow2 {
         let Some(round) = round else { return self.flush_data() };
         let outcome = self.write(&round);
         let mut meta = self.meta();
+        meta.round = false;
+        if let Some(counts) = &mut meta.refcounts {
+            counts.writing_pages.clear();
+        }
         match outcome {
             Ok(()) => {
                 meta.writing.clear();
@@ -89,9 +91,16 @@ impl Qcow2 {
         if meta.is_clean() {
             return Ok(None);
         }
-        if meta.refcounts.is_none() {
-            return Err(Errno::ROFS.into());
+        // What memory says is not to be trusted any more.
+        if meta.corrupt {
+            return Err(Errno::IO.into());
         }
+        let counts = meta.refcounts.as_ref().ok_or(Errno::ROFS)?;
+        // Under the lock nobody gets room behind what counts as the end now: this cuts nothing off that is being written.
+        if self.file.len() < counts.end() {
+            self.file.resize(counts.end(), Preallocation::Off).map_err(crate::Error::into_io)?;
+        }
+        meta.round = true;
         let dirty = std::mem::take(&mut meta.dirty);
         let mut slices = Vec::with_capacity(dirty.len());
         for (number, words) in dirty {
@@ -104,21 +113,19 @@ impl Qcow2 {
         slices.sort_by_key(|(_, offset, _)| *offset);
         let (l1, unnamed) = (std::mem::take(&mut meta.dirty_l1), std::mem::take(&mut meta.unnamed));
         let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS)?;
-        let dirty_pages = std::mem::take(&mut counts.dirty_pages);
-        let pages = dirty_pages
-            .into_iter()
-            .filter_map(|page| Some((page, counts.page_offset(page)?, counts.page(page)?.to_vec().into_boxed_slice())));
-        let pages = pages.collect();
+        counts.writing_pages = std::mem::take(&mut counts.dirty_pages);
+        let pages = counts
+            .writing_pages
+            .iter()
+            .filter_map(|&page| Some((page, counts.page_offset(page)?, counts.page(page)?.to_vec().into_boxed_slice())))
+            .collect();
         let dirty_table = std::mem::take(&mut counts.dirty_table);
         let blocks = dirty_table.into_iter().map(|index| (index, counts.table[index])).collect();
-        let (table_offset, end) = (counts.table_offset, counts.end());
-        Ok(Some(Round { pages, blocks, table_offset, slices, l1, unnamed, end }))
+        let table_offset = counts.table_offset;
+        Ok(Some(Round { pages, blocks, table_offset, slices, l1, unnamed }))
     }
 
     fn write(&self, round: &Round) -> io::Result<()> {
-        if self.file.len() < round.end {
-            self.file.resize(round.end, Preallocation::Off).map_err(crate::Error::into_io)?;
-        }
         for (_, offset, bytes) in &round.pages {
             self.file.write_growing(bytes, *offset, false)?;
         }
@@ -159,6 +166,9 @@ impl Qcow2 {
     /// What has waited for two turns of the gate.
     fn take_over(&self) -> Vec<Unnamed> {
         let mut meta = self.meta();
+        if meta.corrupt {
+            return Vec::new();
+        }
         while meta.limbo.iter().any(|(since, _)| self.gate.turns() < since + 2) && self.gate.turn() {}
         let turns = self.gate.turns();
         let (over, waiting): (Vec<_>, _) =
@@ -230,6 +240,20 @@ impl Qcow2 {
         }
     }
 
+    /// Lets the header name another table; `before` is what stands there.
+    ///
+    /// # Errors
+    /// Then `before` stands there as ever, or nothing is written any more.
+    pub fn switch(&self, meta: &mut Meta, at: u64, field: &[u8], before: &[u8]) -> io::Result<()> {
+        let put = |field: &[u8]| self.file.write(field, at, false).and_then(|()| self.file.flush());
+        let Err(e) = put(field) else { return Ok(()) };
+        if put(before).is_err() {
+            // Nobody knows which table counts: what is written from now on could be lost.
+            self.give_up(meta);
+        }
+        Err(e)
+    }
+
     /// Makes the refcount table large enough for what comes next: twice what it is, written whole in a new place.
     pub fn grow_refcount_table(&self) -> io::Result<()> {
         let _order = self.writing_back.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -275,15 +299,13 @@ impl Qcow2 {
         self.file.write_growing(&block, first << bits, false)?;
         self.file.write_growing(&bytes, table_offset, false)?;
         self.file.flush()?;
-        let mut field = table_offset.to_be_bytes().to_vec();
-        field.extend(u32::try_from(table_clusters).unwrap_or(u32::MAX).to_be_bytes());
-        let switched =
-            self.file.write_growing(&field, super::header::AT_REFCOUNT_TABLE, false).and_then(|()| self.file.flush());
-        if let Err(e) = switched {
-            // Nobody knows which table counts: what is written from now on could be lost.
-            meta.corrupt = true;
-            return Err(e);
-        }
+        let field = |offset: u64, clusters: u64| {
+            let clusters = u32::try_from(clusters).unwrap_or(u32::MAX).to_be_bytes();
+            [&offset.to_be_bytes()[..], &clusters].concat()
+        };
+        let before = field(counts.table_offset, (old_len * 8).div_ceil(size));
+        self.switch(&mut meta, super::header::AT_REFCOUNT_TABLE, &field(table_offset, table_clusters), &before)?;
+        let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS)?;
         let old = Unnamed { offset: counts.table_offset, len: (old_len * 8).next_multiple_of(size), stays_of: None };
         counts.replace_table(table, table_offset, end);
         counts.metadata.extend(first..first + blocks + table_clusters);

@@ -29,6 +29,8 @@ pub struct Meta {
     pub writing: HashMap<u64, Arc<[u64]>>,
     /// How many times `writing` was emptied: what was read from disk before may be out of date.
     pub written: u64,
+    /// A round is under way: what it writes may not be on disk yet.
+    pub round: bool,
     /// L1 entries that have changed since they were last written.
     pub dirty_l1: BTreeMap<usize, L1Entry>,
     /// Entries that the L1 table on disk has room for.

@@ -124,8 +124,7 @@ impl Qcow2 {
     /// The image breaks the rules: it is marked, said, and not written any more. The error of the request.
     fn corrupt(&self, meta: &mut Meta, text: String, offset: Option<u64>) -> io::Error {
         if meta.refcounts.is_some() && !meta.corrupt {
-            meta.corrupt = true;
-            self.damaged.store(true, Ordering::Relaxed);
+            self.give_up(meta);
             if self.rules.version > 2 {
                 let field = (self.header.incompatible | header::CORRUPT).to_be_bytes();
                 let marked = self.file.write(&field, header::AT_INCOMPATIBLE, false).and_then(|()| self.file.flush());
@@ -136,9 +135,15 @@ impl Qcow2 {
             let size = offset.map(|_| self.rules.cluster_size());
             let node_name = self.node_name.clone();
             self.alarm.raise(Corruption { node_name, text, offset, size, fatal: true });
-            self.landed.notify_all();
         }
         Errno::IO.into()
+    }
+
+    /// Nothing is written any more.
+    fn give_up(&self, meta: &mut Meta) {
+        meta.corrupt = true;
+        self.damaged.store(true, Ordering::SeqCst);
+        self.landed.notify_all();
     }
 
     /// The content of a compressed cluster.
@@ -182,14 +187,19 @@ impl Driver for Qcow2 {
         Ok(Mapping { target, len: len.min(end - offset), hold })
     }
 
-    fn read_computed(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let run = self.look_up(offset, buf.len() as u64, Wait::Allowed, Purpose::Read)?;
-        if run.kind != Kind::Compressed {
-            return Err(Errno::IO.into());
+    fn read_computed(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            let run = self.look_up(offset, buf.len() as u64, Wait::Allowed, Purpose::Read)?;
+            let unit_bits = self.rules.unit_bits();
+            let there = (((offset >> unit_bits) + run.units) << unit_bits) - offset;
+            let (piece, rest) = buf.split_at_mut(usize::try_from(there).unwrap_or(usize::MAX).min(buf.len()));
+            // A write to another part of the cluster may have put all of it in a new place since it was mapped.
+            if !self.read_old(run.entry, offset, piece)? {
+                piece.fill(0);
+            }
+            offset += piece.len() as u64;
+            buf = rest;
         }
-        let cluster = self.inflate(run.entry)?;
-        let inside = usize::try_from(offset & (self.rules.cluster_size() - 1)).unwrap_or(usize::MAX);
-        buf.copy_from_slice(cluster.get(inside..inside + buf.len()).ok_or(Errno::IO)?);
         Ok(())
     }
 
@@ -211,6 +221,11 @@ impl Driver for Qcow2 {
 
     fn flush(&self) -> io::Result<()> {
         self.flush_all()
+    }
+
+    fn is_settled(&self) -> bool {
+        let meta = self.meta();
+        meta.is_clean() && meta.writing.is_empty() && !meta.round
     }
 
     fn write_compressed(&self, buf: &[u8], offset: u64) -> io::Result<()> {

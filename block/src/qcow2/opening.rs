@@ -98,7 +98,8 @@ fn read_words(file: &BlockNode, offset: u64, count: u64, doing: &str) -> Result<
 impl Qcow2 {
     /// Gets the image ready for writing.
     pub fn begin_writing(&self) -> Result<()> {
-        let header = &self.header;
+        // Tables may have moved since the image was opened.
+        let header = &Header::read(&self.file)?;
         let mut meta = self.meta();
         if header.corrupt || meta.corrupt {
             return Err(Error::unsupported("qcow2: Image is corrupt; cannot be opened read/write"));
@@ -115,7 +116,7 @@ impl Qcow2 {
         let table = table.into_iter().map(|entry| entry & !0x1ff).collect();
         let (order, offset) = (header.refcount_order, header.refcount_table_offset);
         let mut counts = Refcounts::new(Arc::clone(&self.file), header.cluster_bits, order, table, offset);
-        counts.metadata = self.metadata(&counts)?;
+        counts.metadata = self.metadata(header, &counts)?;
         // What others keep in step with the data is out of step as soon as we write.
         let kept = header.autoclear & header::DATA_FILE_RAW;
         if kept != header.autoclear {
@@ -150,8 +151,7 @@ impl Qcow2 {
     }
 
     /// Clusters where metadata stands. Two tables in one place mean that the image is damaged.
-    fn metadata(&self, counts: &Refcounts) -> Result<HashSet<u64>> {
-        let header = &self.header;
+    fn metadata(&self, header: &Header, counts: &Refcounts) -> Result<HashSet<u64>> {
         let size = self.rules.cluster_size();
         let bits = self.rules.cluster_bits;
         let mut taken = HashSet::new();

@@ -35,6 +35,8 @@ pub struct Refcounts {
     pub table_offset: u64,
     pages: HashMap<u64, Box<[u8]>>,
     pub dirty_pages: BTreeSet<u64>,
+    /// Being written at the moment: what is on disk may be out of date.
+    pub writing_pages: BTreeSet<u64>,
     pub dirty_table: BTreeSet<usize>,
     /// No cluster below is free.
     cursor: u64,
@@ -86,6 +88,7 @@ impl Refcounts {
             table_offset,
             pages: HashMap::new(),
             dirty_pages: BTreeSet::new(),
+            writing_pages: BTreeSet::new(),
             dirty_table: BTreeSet::new(),
             cursor: 0,
             virgin,
@@ -133,9 +136,9 @@ impl Refcounts {
             }
             let mut bytes = vec![0; usize::try_from(self.page_bytes()).unwrap_or(0)].into_boxed_slice();
             self.file.read_or_zero(&mut bytes, offset, Wait::Allowed)?;
-            if self.pages.len() >= KEPT_PAGES + self.dirty_pages.len() {
-                let dirty = &self.dirty_pages;
-                self.pages.retain(|page, _| dirty.contains(page));
+            if self.pages.len() >= KEPT_PAGES + self.dirty_pages.len() + self.writing_pages.len() {
+                let (dirty, writing) = (&self.dirty_pages, &self.writing_pages);
+                self.pages.retain(|page, _| dirty.contains(page) || writing.contains(page));
             }
             self.pages.insert(page, bytes);
         }

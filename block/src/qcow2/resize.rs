@@ -37,28 +37,26 @@ impl Qcow2 {
                 "Image size too large for a qcow2 image of this cluster size: {len} bytes"
             )));
         }
+        let cluster_end = |at: u64| at.next_multiple_of(self.rules.cluster_size());
         if len < before {
             // What is cut off must not come back when the image grows again.
-            self.zero_bytes(len, before.min(len.next_multiple_of(self.rules.cluster_size()))).map_err(failed)?;
-            self.cut_off(len).map_err(failed)?;
+            self.zero_bytes(len, before.min(cluster_end(len))).map_err(failed)?;
+            self.cut_off(len, before).map_err(failed)?;
         } else {
             self.grow_l1(tables).map_err(failed)?;
             if self.header.data_file_raw && self.data.len() < len {
                 self.data.resize(len, Preallocation::Off)?;
             }
+            // Neither what the layers below have there is the guest's, nor what lies behind the old end: a crash must not show it.
+            self.cut_off(before, len).map_err(failed)?;
+            let below = self.backing.as_ref().map_or(0, |backing| backing.len());
+            self.zero_bytes(before, len.min(below.max(cluster_end(before)))).map_err(failed)?;
         }
         self.write_back().map_err(failed)?;
         let written = self.file.write(&len.to_be_bytes(), header::AT_SIZE, false).and_then(|()| self.file.flush());
         written.map_err(failed)?;
         let _closed = (len < before).then(|| self.gate.close());
         self.size.store(len, Ordering::Relaxed);
-        drop(_closed);
-        if len > before {
-            // What the layers below have there is not the guest's, nor is what lies behind the old end of its last cluster.
-            let below = self.backing.as_ref().map_or(0, |backing| backing.len());
-            let end = len.min(below.max(before.next_multiple_of(self.rules.cluster_size())));
-            self.zero_bytes(before, end).map_err(failed)?;
-        }
         Ok(())
     }
 
@@ -90,11 +88,14 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Takes the clusters from `len` on out of the mapping.
-    fn cut_off(&self, len: u64) -> io::Result<()> {
+    /// Takes the clusters that begin between two sizes of the disk out of the mapping.
+    fn cut_off(&self, from: u64, to: u64) -> io::Result<()> {
         let rules = self.rules;
-        let mut cluster = len.div_ceil(rules.cluster_size());
-        let end = self.size().div_ceil(rules.cluster_size());
+        let mut cluster = from.div_ceil(rules.cluster_size());
+        let end = to.div_ceil(rules.cluster_size());
+        // A crash before the header names the new size must not show what the layer below has there.
+        let hides = self.backing.is_some() && rules.version > 2;
+        let gone = if hides { L2Entry::zero(None, rules) } else { L2Entry::UNALLOCATED };
         let _hold = self.gate.enter();
         while cluster < end {
             let table = cluster / rules.l2_entries();
@@ -105,9 +106,9 @@ impl Qcow2 {
             let crowded = self.with_room(|meta| {
                 meta.check_flights(cluster)?;
                 let old = self.entry(meta, cluster)?;
-                if old != L2Entry::UNALLOCATED {
+                if old != gone && old != L2Entry::UNALLOCATED {
                     self.writable_table(meta, cluster)?;
-                    self.set_entry(meta, cluster, L2Entry::UNALLOCATED)?;
+                    self.set_entry(meta, cluster, gone)?;
                     meta.unnamed.extend(self.host_bytes(old, cluster));
                 }
                 Ok(meta.dirty.len() >= super::meta::MOST_DIRTY)
@@ -136,6 +137,21 @@ impl Qcow2 {
             counts.metadata.extend(place.offset >> rules.cluster_bits..(place.offset >> rules.cluster_bits) + clusters);
             Ok(place.offset)
         })?;
+        let moved = self.move_l1(room, entries, place, clusters);
+        let mut meta = self.meta();
+        if moved.is_err()
+            && let Some(counts) = &mut meta.refcounts
+        {
+            for cluster in place >> rules.cluster_bits..(place >> rules.cluster_bits) + clusters {
+                // Failing costs a leaked cluster.
+                let _ = counts.drop_user(cluster);
+            }
+        }
+        moved
+    }
+
+    fn move_l1(&self, room: u64, entries: u64, place: u64, clusters: u64) -> io::Result<()> {
+        let rules = self.rules;
         // Nobody changes the table while it moves, and what it says is on disk.
         let _closed = self.gate.close();
         self.write_back()?;
@@ -144,15 +160,13 @@ impl Qcow2 {
             .collect();
         self.file.write_growing(&bytes, place, false)?;
         self.file.flush()?;
-        let mut field = u32::try_from(entries).unwrap_or(u32::MAX).to_be_bytes().to_vec();
-        field.extend(place.to_be_bytes());
+        let field = |entries: u64, offset: u64| {
+            let entries = u32::try_from(entries).unwrap_or(u32::MAX).to_be_bytes();
+            [&entries[..], &offset.to_be_bytes()].concat()
+        };
         let mut meta = self.meta();
-        let switched = self.file.write(&field, header::AT_L1, false).and_then(|()| self.file.flush());
-        if let Err(e) = switched {
-            // Nobody knows which table counts: what is written from now on could be lost.
-            meta.corrupt = true;
-            return Err(e);
-        }
+        let before = field(room, self.l1_offset.load(Ordering::Relaxed));
+        self.switch(&mut meta, header::AT_L1, &field(entries, place), &before)?;
         let old = self.l1_offset.swap(place, Ordering::Relaxed);
         if room > 0 {
             let len = (room * 8).next_multiple_of(rules.cluster_size());

@@ -55,11 +55,11 @@ impl Qcow2 {
     /// Room for a write: see [`crate::Driver::prepare_write`].
     pub fn prepare(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
         let inside = offset & (self.rules.cluster_size() - 1);
-        if self.damaged.load(Ordering::Relaxed) {
-            return Err(Errno::IO.into());
-        }
         loop {
             let hold = self.gate.enter();
+            if self.damaged.load(Ordering::SeqCst) {
+                return Err(Errno::IO.into());
+            }
             let run = self.look_up(offset, len, Wait::Allowed, Purpose::Overwrite)?;
             if let Kind::Stored(cluster) = run.kind {
                 let unit_bits = self.rules.unit_bits();
@@ -174,7 +174,7 @@ impl Qcow2 {
 
     /// Fills `buf` with what a cluster holds from guest offset `at` on, all in one unit, according to its old entry. False,
     /// and `buf` as it was, if that is zeroes.
-    fn read_old(&self, entry: L2Entry, at: u64, buf: &mut [u8]) -> io::Result<bool> {
+    pub fn read_old(&self, entry: L2Entry, at: u64, buf: &mut [u8]) -> io::Result<bool> {
         let rules = self.rules;
         let unit = at >> rules.unit_bits() & (rules.units_per_cluster() - 1);
         let inside = at & (rules.cluster_size() - 1);

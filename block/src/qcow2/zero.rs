@@ -36,7 +36,8 @@ impl Qcow2 {
                 self.data.write_zeroes(offset, there, flags, false)?;
             }
         }
-        self.change_units(offset, len, if flags.may_unmap { Wish::Unmapped } else { Wish::Zero })
+        let wish = if flags.may_unmap { Wish::Unmapped } else { Wish::Zero };
+        self.change_units(offset, len, wish, self.size().max(offset + len))
     }
 
     /// Lets go of whole units: see [`crate::Driver::discard`].
@@ -48,18 +49,19 @@ impl Qcow2 {
             let there = len.min(self.data.len().saturating_sub(offset));
             return if there == 0 { Ok(()) } else { self.data.discard(offset, there) };
         }
-        self.change_units(offset, len, Wish::Discarded)
+        self.change_units(offset, len, Wish::Discarded, self.size())
     }
 
-    fn change_units(&self, offset: u64, len: u64, wish: Wish) -> io::Result<()> {
+    /// `size` is the disk's: its last cluster may be cut.
+    fn change_units(&self, offset: u64, len: u64, wish: Wish, size: u64) -> io::Result<()> {
         let rules = self.rules;
         let (mut at, end) = (offset, offset + len);
         let _hold = self.gate.enter();
         while at < end {
             let cluster = at >> rules.cluster_bits;
-            let cluster_end = ((cluster + 1) << rules.cluster_bits).min(self.size());
+            let cluster_end = ((cluster + 1) << rules.cluster_bits).min(size);
             let piece_end = end.min(cluster_end);
-            let mask = self.units_between(at, piece_end);
+            let mask = self.units_between(at, piece_end, size);
             let (next, crowded) = self.with_room(|meta| {
                 // A table that does not exist holds nothing to change.
                 let l1_index = cluster / rules.l2_entries();
@@ -79,10 +81,10 @@ impl Qcow2 {
     }
 
     /// Units of a cluster from guest offset `start` to `end`, as bits. The image's end counts as the end of its cluster.
-    fn units_between(&self, start: u64, end: u64) -> u32 {
+    fn units_between(&self, start: u64, end: u64, size: u64) -> u32 {
         let rules = self.rules;
         let unit = |at: u64| (at & (rules.cluster_size() - 1)) >> rules.unit_bits();
-        let last = if end == self.size() { rules.units_per_cluster() - 1 } else { unit(end - 1) };
+        let last = if end == size { rules.units_per_cluster() - 1 } else { unit(end - 1) };
         (unit(start)..=last).fold(0, |bits, unit| bits | 1 << unit)
     }
 

@@ -2,6 +2,12 @@
 //! Images in memory, made by qemu-img and opened here.
 #![allow(dead_code, clippy::unwrap_used, reason = "each test takes what it needs")]
 
+pub mod guest;
+pub mod image;
+pub mod recording;
+pub mod session;
+pub mod walk;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
