@@ -55,6 +55,11 @@ fn the_formats_survive_their_corpus() {
 }
 
 #[test]
+fn the_check_survives_its_corpus() {
+    replay("image_check", fuzzed::image_check);
+}
+
+#[test]
 fn the_fuse_file_survives_its_corpus() {
     replay("fuse_requests", fuzzed::fuse_requests);
 }

@@ -15,6 +15,7 @@ mod coalesce;
 mod driver;
 mod error;
 mod file;
+mod formats;
 mod gate;
 mod graph;
 mod host;
@@ -36,6 +37,7 @@ pub use driver::{
 };
 pub use error::{Error, ErrorKind, Result};
 pub use file::{Preallocation, create as create_file, host_driver};
+pub use formats::{CheckReport, FORMATS, Format, Repair, Say, check, format_named};
 pub use gate::{Closed, Gate, Hold};
 pub use graph::{Edge, Graph, NodeSpec, id_is_well_formed};
 pub use host::{Descriptor, Host, Opener};

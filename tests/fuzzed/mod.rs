@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use block::{BlockNode, Graph, Host, NodeAccess, NodeSpec, inspect};
+use block::{BlockNode, Graph, Host, NodeAccess, NodeSpec, Repair, inspect};
 use confine::{Plan, Role};
 use daemon::monitor::{Monitor, Source};
 use daemon::state::Daemon;
@@ -194,5 +194,19 @@ pub fn image(data: &[u8]) {
             assert!(status.len > 0, "block status stands still at {at}");
             at += status.len;
         }
+    }
+}
+
+/// A damaged qcow2 image: checked, repaired, and checked again. What was repaired is sound, and stays so.
+pub fn image_check(data: &[u8]) {
+    let mut graph = Graph::new();
+    let file = node(&mut graph, "file", Some(memory(data)), &[], true).unwrap();
+    let check = |repair| block::check(&file, "qcow2", repair, &mut |_| ());
+    let Ok(before) = check(Repair::Nothing) else { return };
+    let Ok(repaired) = check(Repair::All) else { return };
+    assert!(repaired.corruptions <= before.corruptions + before.leaks, "{before:?} {repaired:?}");
+    let after = check(Repair::Nothing).unwrap();
+    if repaired.corruptions + repaired.leaks + repaired.check_errors == 0 {
+        assert_eq!((after.corruptions, after.leaks), (0, 0), "{before:?} {repaired:?}");
     }
 }

@@ -10,6 +10,7 @@
 //! [`header`] has every rule by which an image is refused, [`entry`] the bits of the tables, [`inflate`] compressed clusters.
 //! Names that the image holds are never followed.
 
+pub(crate) mod check;
 mod compress;
 mod entry;
 mod flush;

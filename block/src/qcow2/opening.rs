@@ -25,7 +25,10 @@ const L2_CACHE: u64 = 32 << 20;
 
 pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
     let file = request.child("file")?;
-    let header = Header::read(&file)?;
+    let mut header = Header::read(&file)?;
+    if request.writable && header.dirty && !header.corrupt {
+        header = super::check::make_clean(&file, &request.node_name)?;
+    }
     let backing = request.children.get("backing").cloned();
     if let (Some(name), None, false) = (&header.backing_name, &backing, request.detached.contains("backing")) {
         return Err(Error::invalid(format!(
