@@ -182,8 +182,9 @@ impl Options {
         let program = Program { executable: Program::THIS.into(), confinement: vec!["--confine=require".into()] };
         let listen = Some(listen);
         let request = Request { image, policy, listen, file: None, device: None, metrics: None, monitor: None, export };
-        let served = serve(&program, request)?;
+        // Who can connect can read the PID file, too.
         let pid_file = self.pid_file.map(PidFile::write).transpose()?;
+        let served = serve(&program, request)?;
         if let Some(ready) = ready {
             ready.tell().context("could not go into the background")?;
         }

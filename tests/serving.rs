@@ -5,11 +5,13 @@
 mod harness;
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
 
-use harness::{DOORLESS, Scratch, Serve, doorless, judges, noise, run, run_in, text};
+use harness::{DOORLESS, Scratch, Serve, TestDaemon, doorless, judges, noise, run, run_in, text};
+use serde_json::json;
 
 /// The one line that a wrong use gets.
 fn refusal(arguments: &[&str]) -> String {
@@ -223,4 +225,26 @@ impl Drop for Detach<'_> {
     fn drop(&mut self) {
         let _ = Command::new("losetup").args(["--detach", self.0]).status();
     }
+}
+
+#[test]
+fn a_client_that_comes_before_the_export_waits_for_it_if_the_manager_wants_that() {
+    let mut daemon = TestDaemon::start();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    daemon.add_node("disk", "raw", &file, true);
+    let listener = UnixListener::bind(daemon.socket()).unwrap();
+    daemon.ok_with("getfd", json!({ "fdname": "nbd" }), &listener);
+    let address = json!({ "type": "fd", "data": { "str": "nbd" } });
+    daemon.ok("nbd-server-start", json!({ "addr": address, "await-export": true }));
+    let mut early = UnixStream::connect(daemon.socket()).unwrap();
+    // A command later the server would have greeted a client that it does not keep waiting.
+    daemon.ok("query-block-exports", json!({}));
+    early.set_nonblocking(true).unwrap();
+    assert_eq!(early.read(&mut [0; 1]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    daemon.export("disk", false);
+    early.set_nonblocking(false).unwrap();
+    let mut greeting = [0; 8];
+    early.read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting, b"NBDMAGIC");
 }

@@ -190,7 +190,8 @@ impl Served {
 
     fn export(&mut self, listener: &OwnedFd, node: &str, options: &ExportOptions) -> Result<()> {
         self.daemon.execute("getfd", json!({ "fdname": "nbd" }), &[listener.as_fd()])?;
-        let mut start = json!({ "addr": { "type": "fd", "data": { "str": "nbd" } } });
+        // The socket can be seen before the export is there: who connects in between must not be told that there is none.
+        let mut start = json!({ "addr": { "type": "fd", "data": { "str": "nbd" } }, "await-export": true });
         if let Some(most) = options.max_connections {
             start["max-connections"] = json!(most);
         }

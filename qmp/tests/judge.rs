@@ -23,6 +23,8 @@ const END: &[u8] = b"\x01\n{\"execute\":\"no-end\",\"id\":\"the end\"}\n";
 struct Judge {
     child: Child,
     socket: std::path::PathBuf,
+    /// Whether it prints one member on a line.
+    pretty: bool,
     _dir: tempfile::TempDir,
 }
 
@@ -39,7 +41,7 @@ impl Judge {
             .stdout(Stdio::null())
             .spawn();
         match child {
-            Ok(child) => Some(Judge { child, socket, _dir: dir }),
+            Ok(child) => Some(Judge { child, socket, pretty: monitor.contains("pretty=on"), _dir: dir }),
             Err(_) => {
                 skip(test, JUDGE);
                 None
@@ -57,7 +59,7 @@ impl Judge {
         std::thread::spawn(move || sender.write_all(&input));
         let mut all = Vec::new();
         let mut block = [0; 65536];
-        while !ended(&all) {
+        while !ended(&all, self.pretty) {
             let n = stream.read(&mut block).unwrap();
             assert!(n > 0, "{:?}", String::from_utf8_lossy(&all));
             all.extend_from_slice(&block[..n]);
@@ -73,9 +75,16 @@ impl Drop for Judge {
     }
 }
 
-fn ended(answers: &[u8]) -> bool {
+/// How an answer ends.
+fn end_of_answer(pretty: bool) -> &'static str {
+    // Printed prettily, an object inside of an answer ends a line, too; only the answer's own brace begins one.
+    if pretty { "\r\n}\r\n" } else { "}\r\n" }
+}
+
+fn ended(answers: &[u8], pretty: bool) -> bool {
     let mark = b"\"the end\"";
-    answers.ends_with(b"}\r\n") && answers.windows(mark.len()).any(|window| window == mark)
+    let marked = answers.windows(mark.len()).position(|window| window == mark);
+    marked.is_some_and(|at| answers[at..].ends_with(end_of_answer(pretty).as_bytes()))
 }
 
 /// What we answer, without the greeting.
@@ -87,7 +96,7 @@ fn ours(input: &[u8], pretty: bool) -> String {
 /// What the judge answers, without its greeting (which tells another package).
 fn theirs(judge: &Judge, input: &[u8], pretty: bool) -> String {
     let text = String::from_utf8(judge.answers(input)).unwrap();
-    let end = if pretty { "\r\n}\r\n" } else { "}\r\n" };
+    let end = end_of_answer(pretty);
     text[text.find(end).unwrap() + end.len()..].to_owned()
 }
 

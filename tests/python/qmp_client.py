@@ -68,7 +68,19 @@ async def main(path, disk, nbd):
         await run("block-export-del", {"id": "e"})
         event = await deleted.get()
         assert event["data"] == {"id": "e"}, event
+    await run("nbd-server-add", {"device": "n"})
+    await run("nbd-server-remove", {"name": "n"})
     await run("nbd-server-stop")
+    assert (await run("query-block")) == []
+    assert [node["node-name"] for node in (await run("query-blockstats", {"query-nodes": True}))] == ["n"]
+    assert "exports" in (await run("query-statistics"))
+    metrics = socket.socket(socket.AF_UNIX)
+    metrics.bind(nbd + ".metrics")
+    metrics.listen()
+    qmp.send_fd_scm(metrics.fileno())
+    await run("getfd", {"fdname": "metrics"})
+    await run("metrics-server-start", {"addr": {"type": "fd", "data": {"str": "metrics"}}})
+    await run("metrics-server-stop")
     await run("object-del", {"id": "io"})
     await refused(qmp, "blockdev-del", {"node-name": "none"}, "Failed to find node")
     await run("blockdev-del", {"node-name": "n"})
@@ -102,7 +114,11 @@ async def main(path, disk, nbd):
     missed = commands - tried
     assert not missed, f"commands that this test does not run: {sorted(missed)}"
     await qmp.execute("quit")
-    await qmp.disconnect()
+    try:
+        await qmp.disconnect()
+    except EOFError:
+        # The client was quicker to read that the daemon has hung up: the end that `quit` promises.
+        pass
 
 
 asyncio.run(asyncio.wait_for(main(*sys.argv[1:]), timeout=120))

@@ -90,6 +90,12 @@ pub fn commands() -> Vec<Command<Daemon>> {
                      client's certificate.",
                 ),
                 Member::optional("max-connections", Type::Uint32, "Most clients at once; default 100, 0 is no limit."),
+                Member::optional(
+                    "await-export",
+                    Type::Bool,
+                    "Whether clients that come before the first export wait for it, instead of being told that there is none; \
+                     default false. Not in QEMU.",
+                ),
             ],
             start,
         ),
@@ -149,10 +155,12 @@ struct Start {
     tls_creds: Option<String>,
     tls_authz: Option<String>,
     max_connections: Option<u32>,
+    #[serde(default)]
+    await_export: bool,
 }
 
 fn start(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
-    let Start { addr, handshake_max_seconds, tls_creds, tls_authz, max_connections } = call.parse()?;
+    let Start { addr, handshake_max_seconds, tls_creds, tls_authz, max_connections, await_export } = call.parse()?;
     if daemon.exports.nbd_is_running() {
         return Err(Error::generic("NBD server already running"));
     }
@@ -169,6 +177,7 @@ fn start(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     let limits = Limits {
         connections: max_connections.map_or(defaults.connections, |most| most as usize),
         handshake: handshake_max_seconds.map_or(defaults.handshake, |seconds| Duration::from_secs(seconds.into())),
+        await_export,
     };
     daemon.exports.start_nbd(listener, limits, tls)?;
     Ok(Value::Null)

@@ -31,12 +31,14 @@ pub struct Limits {
     pub connections: usize,
     /// How long a client may take to choose an export; zero is no limit.
     pub handshake: Duration,
+    /// Whether clients wait in the listener's queue until there is an export to choose.
+    pub await_export: bool,
 }
 
 impl Default for Limits {
     /// QEMU's defaults: 100 clients, 10 seconds.
     fn default() -> Limits {
-        Limits { connections: 100, handshake: Duration::from_secs(10) }
+        Limits { connections: 100, handshake: Duration::from_secs(10), await_export: false }
     }
 }
 
@@ -64,6 +66,8 @@ struct State {
     exports: BTreeMap<String, Arc<Export>>,
     clients: BTreeMap<u64, Arc<Stream>>,
     next_client: u64,
+    /// There was an export to choose.
+    had_export: bool,
     /// A client has chosen an export.
     served: bool,
     stopping: bool,
@@ -100,6 +104,9 @@ impl Server {
         }
         let export = Arc::new(Export::new(settings, self.shared.limits.connections == 1));
         state.exports.insert(export.name().to_owned(), Arc::clone(&export));
+        state.had_export = true;
+        drop(state);
+        self.shared.wake_listener();
         Some(export)
     }
 
@@ -190,15 +197,16 @@ impl Shared {
     fn accept_all(self: &Arc<Shared>, listener: &OwnedFd) {
         let mut resting = false;
         loop {
-            let full = {
+            let closed = {
                 let state = self.lock();
                 if state.stopping {
                     return;
                 }
-                self.limits.connections != 0 && state.clients.len() >= self.limits.connections
+                let full = self.limits.connections != 0 && state.clients.len() >= self.limits.connections;
+                full || (self.limits.await_export && !state.had_export)
             };
             let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
-            if !full && !resting {
+            if !closed && !resting {
                 fds.push(PollFd::new(listener, PollFlags::IN));
             }
             // Out of descriptors the listener stays readable: rest until a client leaves, or a moment.
