@@ -45,6 +45,15 @@ fn names_of_certificates_survive_their_corpus() {
 }
 
 #[test]
+fn what_is_fed_to_nbd_transmission_gets_that_far() {
+    for (input, least) in [("x-read", 4096), ("x-status-payload-many", 3 * 32)] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/nbd_requests").join(input);
+        let negotiation = fuzzed::transmit(b"!");
+        assert!(fuzzed::transmit(&std::fs::read(path).unwrap()) >= negotiation + least, "{input}");
+    }
+}
+
+#[test]
 fn nbd_transmission_survives_its_corpus() {
     replay("nbd_requests", fuzzed::nbd_requests);
 }

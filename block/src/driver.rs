@@ -13,11 +13,11 @@ use crate::alarm::Alarm;
 use crate::claims::{Demand, Writes};
 use crate::gate::Hold;
 use crate::host::Descriptor;
-use crate::{BlockNode, Error, Preallocation, Result, file, qcow2, raw, vdi, vpc};
+use crate::{BlockNode, Error, Preallocation, Result, file, nbd, qcow2, raw, vdi, vpc};
 
 /// Every format, one line each: `blockdev-add`'s schema, its options and the reference docs follow from it.
 pub const DRIVERS: &[DriverEntry] =
-    &[file::ENTRY, file::DEVICE_ENTRY, qcow2::ENTRY, raw::ENTRY, vdi::ENTRY, vpc::ENTRY];
+    &[file::ENTRY, file::DEVICE_ENTRY, nbd::ENTRY, qcow2::ENTRY, raw::ENTRY, vdi::ENTRY, vpc::ENTRY];
 
 /// The driver called `name`, exactly.
 pub fn driver_named(name: &str) -> Option<&'static DriverEntry> {
@@ -43,6 +43,18 @@ pub struct DriverEntry {
     pub probe: fn(&[u8; 512]) -> bool,
     /// Reads and checks what is needed before the first request. Called confined, with every child in place.
     pub open: fn(OpenRequest) -> Result<Box<dyn Driver>>,
+}
+
+impl DriverEntry {
+    /// Whether it is a format of what another node holds.
+    pub fn is_format(&self) -> bool {
+        !self.takes_descriptor && self.socket().is_none()
+    }
+
+    /// The option that takes a socket, if there is one.
+    pub fn socket(&self) -> Option<&OptionSpec> {
+        self.options.iter().find(|option| option.kind == OptionKind::Socket)
+    }
 }
 
 /// A node that a driver is built from.
@@ -74,6 +86,10 @@ pub enum OptionKind {
     Bool,
     /// A number of bytes, 0 to 2^63-1.
     Size,
+    /// A number of seconds, 0 to 2^32-1.
+    Seconds,
+    /// A passed socket, by its name.
+    Socket,
     /// Text.
     Str,
 }
@@ -83,9 +99,9 @@ pub enum OptionKind {
 pub enum OptionValue {
     /// For [`OptionKind::Bool`].
     Bool(bool),
-    /// For [`OptionKind::Size`], bytes.
+    /// For [`OptionKind::Size`] and [`OptionKind::Seconds`].
     Size(u64),
-    /// For [`OptionKind::Str`].
+    /// For [`OptionKind::Str`] and [`OptionKind::Socket`].
     Str(String),
 }
 
@@ -111,7 +127,7 @@ pub struct OpenRequest {
     pub writable: bool,
     /// The node's name, for messages.
     pub node_name: String,
-    /// Where the driver says that it found its image damaged.
+    /// Where the driver says that it found its image damaged, or lost its connection.
     pub alarm: Alarm,
 }
 
@@ -399,6 +415,14 @@ pub trait Driver: Send + Sync {
     /// The driver takes no descriptor, or the process has no number left.
     fn replace(&self, _descriptor: Descriptor) -> Result<Descriptor> {
         Err(Error::invalid("this driver takes no descriptor"))
+    }
+
+    /// Takes another socket to the same server's export in use, for drivers with an option of [`OptionKind::Socket`].
+    ///
+    /// # Errors
+    /// The driver takes no socket, or nothing that fits is behind it; then nothing has changed.
+    fn reconnect(&self, _socket: Descriptor) -> Result<()> {
+        Err(Error::invalid("this driver takes no socket"))
     }
 
     /// Takes the image locks that fit what the node's users do, and gives back the others.

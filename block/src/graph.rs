@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::alarm::Alarm;
 use crate::claims::{Claim, Use, User, Writes};
 use crate::driver::{Children, OpenRequest, Options, driver_named};
-use crate::host::Host;
+use crate::host::{Descriptor, Host};
 use crate::node::NodeAccess;
 use crate::{BlockNode, Error, ErrorKind, Result};
 
@@ -118,6 +118,7 @@ impl Graph {
             None => spec.filename,
         };
         let options = spec.options;
+        let alarm = self.alarm.for_host(spec.host.as_ref().and_then(Host::lost));
         let request = |descriptor| OpenRequest {
             descriptor,
             filename: filename.clone(),
@@ -126,7 +127,7 @@ impl Graph {
             options: options.clone(),
             writable: spec.access.writable,
             node_name: name.clone(),
-            alarm: self.alarm.clone(),
+            alarm: alarm.clone(),
         };
         let descriptor = spec.host.as_mut().map(|host| host.first(spec.access.writable, &name)).transpose();
         match descriptor.and_then(|descriptor| (driver.open)(request(descriptor))) {
@@ -189,6 +190,14 @@ impl Graph {
     pub fn release(&mut self, claim: Claim) {
         let (name, id) = claim.into_parts();
         self.release_id(&name, id);
+    }
+
+    /// Puts another socket in place of a node's lost connection, or of the one that it has.
+    ///
+    /// # Errors
+    /// There is no such node, it has no connection, or the new socket does not lead to the same export.
+    pub fn reconnect(&self, name: &str, socket: Descriptor) -> Result<()> {
+        self.entry(name)?.node.driver().reconnect(socket)
     }
 
     /// The driver's options that a node was made with.

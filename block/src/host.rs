@@ -12,6 +12,9 @@ pub type Descriptor = Box<dyn AsFd + Send + Sync>;
 /// Gives a descriptor that can be written, or one that cannot, to the node of this name.
 pub type Opener = Box<dyn Fn(bool, &str) -> Result<Descriptor> + Send + Sync>;
 
+/// Told the name of the node whose connection is lost, from any thread; takes note and returns.
+pub type Lost = std::sync::Arc<dyn Fn(&str) + Send + Sync>;
+
 /// The host's side of a file node.
 pub struct Host {
     open: Opener,
@@ -21,18 +24,34 @@ pub struct Host {
     writable: bool,
     /// Whether image locks are taken.
     locking: bool,
+    lost: Option<Lost>,
 }
 
 impl Host {
     /// Descriptors come from `open`.
     pub fn new(open: Opener, auto_read_only: bool, locking: bool) -> Host {
-        Host { open, auto_read_only, writable: false, locking }
+        Host { open, auto_read_only, writable: false, locking, lost: None }
     }
 
     /// One descriptor, for tests and for inspection: it serves whatever is asked.
     pub fn fixed(descriptor: impl AsFd + Send + Sync + 'static) -> Host {
         let descriptor = std::sync::Arc::new(descriptor);
         Host::new(Box::new(move |_, _| Ok(Box::new(Shared(std::sync::Arc::clone(&descriptor))))), false, false)
+    }
+
+    /// A connected socket, and whom to ask for another when the connection is lost.
+    pub fn socket(socket: impl AsFd + Send + Sync + 'static, lost: Lost) -> Host {
+        let socket = std::sync::Mutex::new(Some(socket));
+        let take = move |_: bool, _: &str| {
+            let socket = socket.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+            socket.map(|socket| Box::new(socket) as Descriptor).ok_or_else(|| Error::invalid("the socket is in use"))
+        };
+        Host { lost: Some(lost), ..Host::new(Box::new(take), false, false) }
+    }
+
+    /// Whom to tell that the connection is lost.
+    pub(crate) fn lost(&self) -> Option<Lost> {
+        self.lost.clone()
     }
 
     /// The descriptor that the node called `name` starts with.
@@ -51,6 +70,10 @@ impl Host {
 
     /// Follows a node that becomes writable or read-only.
     pub(crate) fn reopen(&mut self, node: &BlockNode, writable: bool, demand: Demand) -> Result<()> {
+        if self.lost.is_some() {
+            // A socket serves both ways.
+            return Ok(());
+        }
         let wanted = writable && (!self.auto_read_only || demand.writes);
         if wanted == self.writable { Ok(()) } else { self.change(node, wanted, demand) }
     }

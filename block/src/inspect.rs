@@ -32,7 +32,7 @@ pub struct Inspection {
 /// `Unsupported` for a format that does not exist here, and whatever is wrong with the header.
 pub fn inspect(file: &Arc<BlockNode>, format: Option<&str>) -> Result<Inspection> {
     let entry = match format {
-        Some(name) => driver_named(name).filter(|entry| !entry.takes_descriptor),
+        Some(name) => driver_named(name).filter(|entry| entry.is_format()),
         None => {
             let mut start = [0; 512];
             file.read_or_zero(&mut start, 0, Wait::Allowed).map_err(|e| Error::io("read the first sector", e))?;
@@ -40,7 +40,7 @@ pub fn inspect(file: &Arc<BlockNode>, format: Option<&str>) -> Result<Inspection
         }
     };
     let Some(entry) = entry else {
-        let known: Vec<&str> = DRIVERS.iter().filter(|entry| !entry.takes_descriptor).map(|entry| entry.name).collect();
+        let known: Vec<&str> = DRIVERS.iter().filter(|entry| entry.is_format()).map(|entry| entry.name).collect();
         let asked = format.unwrap_or_default().escape_debug();
         return Err(Error::unsupported(format!("unknown format '{asked}'; there are {}", known.join(", "))));
     };

@@ -24,11 +24,13 @@ pub enum Owner {
     Dup,
     /// An export server: its listener, its clients' connections.
     Export,
+    /// A node: the socket to its server.
+    Node,
 }
 
 impl Owner {
     /// Every owner's word, in the order of the enumeration.
-    pub const WORDS: [&'static str; 7] = ["process", "monitor", "message", "name", "fdset", "dup", "export"];
+    pub const WORDS: [&'static str; 8] = ["process", "monitor", "message", "name", "fdset", "dup", "export", "node"];
 
     /// The word in QMP.
     pub fn word(self) -> &'static str {
@@ -98,6 +100,7 @@ pub fn all(daemon: &Daemon, unclaimed: Vec<i32>) -> Vec<Held> {
         }));
     }
     held.extend(daemon.metrics.descriptors().into_iter().map(|(fd, what)| Held::new(fd, Owner::Export, what)));
+    held.extend(daemon.remotes.descriptors().into_iter().map(|(fd, what)| Held::new(fd, Owner::Node, what)));
     held.extend(daemon.exports.descriptors().into_iter().map(|(fd, what)| Held::new(fd, Owner::Export, what)));
     held.sort_by_key(|held| held.fd);
     held

@@ -17,6 +17,7 @@ pub mod metrics;
 pub mod monitor;
 pub mod objects;
 mod opening;
+pub mod remotes;
 pub mod reserve;
 pub mod state;
 mod wake;

@@ -17,6 +17,7 @@ use crate::jobs::Jobs;
 use crate::ledger::Ledger;
 use crate::metrics::{self, Metrics};
 use crate::objects::Objects;
+use crate::remotes::Remotes;
 use crate::reserve::Reserve;
 use crate::wake::Wake;
 use crate::wants::Wants;
@@ -73,6 +74,8 @@ pub struct Daemon {
     pub exports: Exports,
     /// Who tells scrapers.
     pub metrics: Metrics,
+    /// Sockets to servers that nodes use.
+    pub remotes: Remotes,
     /// Work that goes on after its command has answered.
     pub jobs: Jobs,
     /// Objects that commands refer to by id.
@@ -112,6 +115,7 @@ impl Daemon {
             fdset_events: FdsetEvents::default(),
             graph: Graph::new(),
             exports: Exports::new(Arc::clone(&wake)),
+            remotes: Remotes::new(Arc::clone(&wake)),
             metrics: Metrics::default(),
             jobs: Jobs::new(Arc::clone(&wake)),
             objects: Objects::default(),
@@ -203,6 +207,13 @@ impl Daemon {
                 // It may have lost its patience.
                 let _ = scraper.send(text.clone());
             }
+        }
+    }
+
+    /// Asks for other sockets in place of lost ones.
+    pub fn ask_for_sockets(&mut self) {
+        for node in self.remotes.take_lost() {
+            self.events.push(("BLOCK_NBD_DISCONNECTED", json!({ "node-name": node })));
         }
     }
 

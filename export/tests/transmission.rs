@@ -159,8 +159,10 @@ fn disconnect_ends_the_session_after_what_was_asked_before() {
     let fixture = Fixture::raw(MIB, true);
     let mut client = fixture.client();
     client.send(0, READ, 5, 0, 512, &[]);
+    client.send(0, FLUSH, 6, 0, 0, &[]);
     client.send(0, DISCONNECT, 0, 0, 0, &[]);
     assert_eq!(client.reply(512).data, pattern(0, 512));
+    assert_eq!(client.reply(0).cookie, 6, "answered by a worker");
     assert!(is_closed(&mut client.socket));
 }
 

@@ -21,7 +21,7 @@ use export::fuse;
 use fdset::{FdPolicy, Lifetime};
 use qmp::Parser;
 
-pub use nbd::{nbd_handshake, nbd_requests, nbd_tls};
+pub use nbd::{nbd_handshake, nbd_requests, nbd_tls, transmit};
 pub use vhost_user::{vhost_user_messages, vhost_user_rings};
 
 /// Bytes from a monitor's client, cut into messages.

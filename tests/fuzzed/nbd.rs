@@ -40,15 +40,20 @@ pub fn nbd_tls(data: &[u8]) {
 /// An NBD client that has chosen the export with every context; `data` are its requests, and the first byte says whether they
 /// have extended headers.
 pub fn nbd_requests(data: &[u8]) {
+    transmit(data);
+}
+
+/// The same; how many bytes the server said.
+pub fn transmit(data: &[u8]) -> usize {
     const FLAGS: &[u8] = b"\0\0\0\x03";
     const STRUCTURED: &[u8] = b"IHAVEOPT\0\0\0\x08\0\0\0\0";
     const EXTENDED: &[u8] = b"IHAVEOPT\0\0\0\x0b\0\0\0\0";
     // NBD_OPT_SET_META_CONTEXT and NBD_OPT_GO for the export "".
-    const CONTEXTS: &[u8] = b"IHAVEOPT\0\0\0\x0a\0\0\0\x4e\0\0\0\0\0\0\0\x03\
+    const CONTEXTS: &[u8] = b"IHAVEOPT\0\0\0\x0a\0\0\0\x4b\0\0\0\0\0\0\0\x03\
         \0\0\0\x0fbase:allocation\0\0\0\x15qemu:allocation-depth\0\0\0\x13qemu:dirty-bitmap:b";
     const GO: &[u8] = b"IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0";
     let style = if data.first() == Some(&0x21) { EXTENDED } else { STRUCTURED };
-    talk(&CLEAR, None, &[FLAGS, style, CONTEXTS, GO, data]);
+    talk(&CLEAR, None, &[FLAGS, style, CONTEXTS, GO, data])
 }
 
 /// Every other KiB is dirty.
@@ -60,8 +65,8 @@ impl DirtyRuns for Stripes {
     }
 }
 
-/// Says all of `pieces` to a server with one writable export, and hears what it has to say.
-fn talk(target: &Target, tls: Option<&dyn Fn() -> Tls>, pieces: &[&[u8]]) {
+/// Says all of `pieces` to a server with one writable export, and hears what it has to say: how many bytes.
+fn talk(target: &Target, tls: Option<&dyn Fn() -> Tls>, pieces: &[&[u8]]) -> usize {
     let server = target.get_or_init(|| {
         let directory = tempfile::tempdir().unwrap().keep();
         let path = directory.join("nbd");
@@ -78,7 +83,11 @@ fn talk(target: &Target, tls: Option<&dyn Fn() -> Tls>, pieces: &[&[u8]]) {
     let mut answers = socket.try_clone().unwrap();
     let reader = std::thread::spawn(move || {
         let mut sink = [0; 65536];
-        while answers.read(&mut sink).is_ok_and(|read| read > 0) {}
+        let mut heard = 0;
+        while let Ok(read @ 1..) = answers.read(&mut sink) {
+            heard += read;
+        }
+        heard
     });
     let mut writer = &socket;
     for piece in pieces {
@@ -87,5 +96,5 @@ fn talk(target: &Target, tls: Option<&dyn Fn() -> Tls>, pieces: &[&[u8]]) {
         }
     }
     let _ = socket.shutdown(Shutdown::Write);
-    reader.join().unwrap();
+    reader.join().unwrap()
 }

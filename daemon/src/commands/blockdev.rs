@@ -10,6 +10,7 @@ use qmp::{Arguments, Call, Command, Definition, Error, Member, Type};
 use serde_json::{Map, Value};
 
 use super::{block_error, options};
+use crate::remotes::Booked;
 use crate::state::Daemon;
 use crate::wants::{Wanted, Wants};
 
@@ -95,6 +96,10 @@ pub fn add_node(daemon: &mut Daemon, options: Map<String, Value>, inherited: Inh
         let locking = text("locking") != Some("off");
         spec.host = Some(host(daemon, &spec.filename, auto_read_only, locking)?);
     }
+    if let Some(option) = driver.socket() {
+        let socket = passed_socket(daemon, &options[option.name], spec.name.as_deref().unwrap_or_default())?;
+        spec.host = Some(Host::socket(socket, daemon.remotes.lost()));
+    }
     let mut nested = Vec::new();
     match attach_children(daemon, driver, options, &mut spec, &mut nested)
         .and_then(|()| daemon.graph.add(spec).map_err(block_error))
@@ -165,6 +170,22 @@ fn host(daemon: &Daemon, filename: &str, auto_read_only: bool, locking: bool) ->
     Ok(Host::new(Box::new(open), auto_read_only, locking))
 }
 
+/// The socket that an address names, which must be a passed one, for `node`.
+///
+/// # Errors
+/// It would have to be made, or there is none of that name.
+pub fn passed_socket(daemon: &mut Daemon, address: &Value, node: &str) -> Result<Booked, Error> {
+    let kind = address["type"].as_str().unwrap_or_default();
+    if kind != "fd" {
+        return Err(Error::generic(format!(
+            "Could not connect to a server of type '{kind}': this daemon connects nowhere; connect yourself, pass the socket \
+             with getfd and give {{\"type\": \"fd\", \"str\": NAME}}"
+        )));
+    }
+    let socket = daemon.named_fds().take(address["str"].as_str().unwrap_or_default())?;
+    Ok(daemon.remotes.book(socket, node))
+}
+
 /// The dup of a set's descriptor that fits.
 fn open_fdset(
     sets: &FdSets,
@@ -214,6 +235,8 @@ pub fn driver_options(driver: &DriverEntry, options: &Map<String, Value>) -> Res
             (OptionKind::Size, value) => OptionValue::Size(value.as_u64().ok_or_else(|| {
                 Error::generic(format!("Value '{value}' is out of range for parameter '{}'", spec.name))
             })?),
+            (OptionKind::Seconds, value) => OptionValue::Size(value.as_u64().unwrap_or(0)),
+            (OptionKind::Socket, value) => OptionValue::Str(value["str"].as_str().unwrap_or_default().to_owned()),
             (OptionKind::Bool, _) => return Err(Error::invalid_type(spec.name, "boolean")),
             (OptionKind::Str, _) => return Err(Error::invalid_type(spec.name, "string")),
         };

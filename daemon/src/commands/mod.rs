@@ -10,6 +10,7 @@ mod fdset_detail;
 mod jobs;
 mod ledger;
 mod metrics;
+mod nbd_node;
 mod nbd_server;
 mod node_query;
 mod objects;
@@ -52,6 +53,7 @@ pub fn table() -> Table<Daemon> {
     commands.extend(blockdev::commands());
     commands.extend(reopen::commands());
     commands.extend(node_query::commands());
+    commands.extend(nbd_node::commands());
     commands.extend(nbd_server::commands());
     commands.extend(export::commands());
     commands.extend(confinement::commands());
@@ -64,7 +66,7 @@ pub fn table() -> Table<Daemon> {
 }
 
 fn events() -> Vec<Event> {
-    [vec![export::deleted_event(), jobs::status_event()], fdset::events()].concat()
+    [vec![export::deleted_event(), jobs::status_event(), nbd_node::event()], fdset::events()].concat()
 }
 
 fn quit(daemon: &mut Daemon, _: qmp::Call<'_>) -> Result<Value, qmp::Error> {

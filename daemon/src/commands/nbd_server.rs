@@ -26,7 +26,7 @@ pub fn types() -> Vec<Definition> {
         words("SocketAddressType", &["inet", "unix", "vsock", "fd"], "Kinds of socket addresses."),
         Definition::structure(
             "FdSocketAddress",
-            [Member::required("str", Type::Str, "The name that `getfd` gave a listening socket.")],
+            [Member::required("str", Type::Str, "The name that `getfd` gave it.")],
             "A passed socket.",
         ),
         Definition::structure(
@@ -35,17 +35,17 @@ pub fn types() -> Vec<Definition> {
                 Member::required("host", Type::Str, "Host name or address."),
                 Member::required("port", Type::Str, "Port."),
             ],
-            "A TCP address: refused, because nothing is bound here.",
+            "A TCP address: refused, because nothing is bound or connected here.",
         ),
         Definition::structure(
             "UnixSocketAddress",
             [Member::required("path", Type::Str, "Path.")],
-            "A unix socket's path: refused, because nothing is bound here.",
+            "A unix socket's path: refused, because nothing is bound or connected here.",
         ),
         Definition::structure(
             "VsockSocketAddress",
             [Member::required("cid", Type::Str, "Context id."), Member::required("port", Type::Str, "Port.")],
-            "A vsock address: refused, because nothing is bound here.",
+            "A vsock address: refused, because nothing is bound or connected here.",
         ),
         data("FdSocketAddressWrapper", "FdSocketAddress"),
         data("InetSocketAddressWrapper", "InetSocketAddress"),
@@ -62,6 +62,18 @@ pub fn types() -> Vec<Definition> {
                 ("fd", Type::Named("FdSocketAddressWrapper")),
             ],
             "Where a server listens.",
+        ),
+        Definition::union(
+            "SocketAddress",
+            [Member::required("type", Type::Named("SocketAddressType"), "The kind.")],
+            "type",
+            [
+                ("inet", Type::Named("InetSocketAddress")),
+                ("unix", Type::Named("UnixSocketAddress")),
+                ("vsock", Type::Named("VsockSocketAddress")),
+                ("fd", Type::Named("FdSocketAddress")),
+            ],
+            "Where a server is.",
         ),
     ]
 }

@@ -89,8 +89,11 @@ fn members(driver: &DriverEntry) -> Vec<Member> {
             // A signed number in QAPI, so that a negative one is refused by what it means and not by its type.
             OptionKind::Size => Type::Int,
             OptionKind::Str => Type::Str,
+            OptionKind::Seconds => Type::Uint32,
+            OptionKind::Socket => Type::Named("SocketAddress"),
         };
-        members.push(Member::optional(option.name, ty, option.summary));
+        let make = if option.kind == OptionKind::Socket { Member::required } else { Member::optional };
+        members.push(make(option.name, ty, option.summary));
     }
     members
 }

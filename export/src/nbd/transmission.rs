@@ -107,19 +107,19 @@ struct Session<'a> {
 
 impl Session<'_> {
     fn run(&mut self) -> io::Result<()> {
-        loop {
-            if !self.receive()? {
-                return Ok(());
-            }
+        while !matches!(self.state, State::Goodbye) && self.receive()? {
             let received = Instant::now();
             while self.step()? {}
             let sent = self.outbox.send(self.channel);
             self.meter.settle(&mut self.tally, received);
             sent?;
-            if matches!(self.state, State::Goodbye) {
-                return Ok(());
-            }
         }
+        // What was asked before the goodbye is answered (proto.md, "`NBD_CMD_DISC`"), if there is still somebody to hear it.
+        while self.in_flight > 0 {
+            self.wait_for_completions()?;
+            self.send_completions()?;
+        }
+        Ok(())
     }
 
     /// Handles the next thing in the inbox. False if more bytes are needed, or none will come.
