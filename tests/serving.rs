@@ -232,7 +232,7 @@ fn a_client_that_comes_before_the_export_waits_for_it_if_the_manager_wants_that(
     let mut daemon = TestDaemon::start();
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
-    daemon.add_node("disk", "raw", &file, true);
+    daemon.add_node("disk", "raw", &file, false);
     let listener = UnixListener::bind(daemon.socket()).unwrap();
     daemon.ok_with("getfd", json!({ "fdname": "nbd" }), &listener);
     let address = json!({ "type": "fd", "data": { "str": "nbd" } });
