@@ -63,18 +63,6 @@ pub fn types() -> Vec<Definition> {
             ],
             "Where a server listens.",
         ),
-        Definition::union(
-            "SocketAddress",
-            [Member::required("type", Type::Named("SocketAddressType"), "The kind.")],
-            "type",
-            [
-                ("inet", Type::Named("InetSocketAddress")),
-                ("unix", Type::Named("UnixSocketAddress")),
-                ("vsock", Type::Named("VsockSocketAddress")),
-                ("fd", Type::Named("FdSocketAddress")),
-            ],
-            "Where a server is.",
-        ),
     ]
 }
 

@@ -28,7 +28,7 @@ pub fn types() -> Vec<Definition> {
                 ("vsock", Type::Named("VsockSocketAddress")),
                 ("fd", Type::Named("FdSocketAddress")),
             ],
-            "Where a server listens.",
+            "Where a server is.",
         ),
         Definition::structure(
             "BlockExportOptionsVhostUserBlk",
