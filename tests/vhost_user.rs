@@ -313,6 +313,89 @@ fn compressed_clusters_reach_the_guest_over_a_buffer() {
 }
 
 #[test]
+fn a_front_end_hears_of_a_new_size_on_its_own_channel() {
+    use std::io::Read;
+    let scratch = Scratch::new();
+    let disk = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&disk, 1 << 20).unwrap();
+    let node = block::Graph::new().add(block::NodeSpec {
+        name: Some("disk".into()),
+        driver: "file",
+        access: block::NodeAccess { writable: true, unmap: true },
+        host: Some(block::Host::fixed(disk)),
+        filename: "/dev/fdset/0".into(),
+        children: [].into(),
+        detached: [].into(),
+        options: [].into(),
+    });
+    let node = node.unwrap();
+    let settings = export::vhost_user_blk::Settings {
+        id: "disk".into(),
+        node: std::sync::Arc::clone(&node),
+        writable: true,
+        writethrough: false,
+        block_size: 512,
+        queues: 1,
+        poll_max: std::time::Duration::from_micros(50),
+        inflight: None,
+    };
+    let listener = UnixListener::bind(scratch.path("sock")).unwrap();
+    let workers = export::Workers::new();
+    let export = export::vhost_user_blk::Export::start(listener.into(), settings, workers, || ()).unwrap();
+    let memory = Memory::new(1);
+    let mut guest = FrontEnd::start(&scratch.path("sock"), &memory, Options::default());
+    assert!(guest.inflight.is_none(), "no memory to offer");
+    assert_eq!(guest.config(8), 2048u64.to_le_bytes());
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    guest.front.set_backend_request_fd(&theirs).unwrap();
+    node.resize(3 << 20, block::Preallocation::Off).unwrap();
+    export::Running::size_changed(&export);
+    let mut message = [0; 12];
+    ours.read_exact(&mut message).unwrap();
+    assert_eq!(message[..4], 2u32.to_ne_bytes(), "VHOST_USER_BACKEND_CONFIG_CHANGE_MSG");
+    assert_eq!(message[8..], [0; 4]);
+    assert_eq!(guest.config(8), 6144u64.to_le_bytes());
+    assert_eq!(guest.write(6143, &[5; 512]), 0, "what is new can be used");
+}
+
+#[test]
+fn every_descriptor_is_in_the_books_and_none_stays_when_a_front_end_has_gone() {
+    let mut bench = Bench::new(2, true);
+    let options = Options { queues: 2, ..Options::default() };
+    let numbers = |bench: &mut Bench| {
+        let books = bench.daemon.ok("query-descriptors", json!({}));
+        let mut booked: Vec<i64> =
+            books["descriptors"].as_array().unwrap().iter().map(|held| held["fd"].as_i64().unwrap()).collect();
+        let mut open: Vec<i64> =
+            bench.daemon.open_fds().iter().map(|fd| fd.split(' ').next().unwrap().parse().unwrap()).collect();
+        booked.sort_unstable();
+        open.sort_unstable();
+        (booked, open)
+    };
+    let (_, before) = numbers(&mut bench);
+    for _ in 0..3 {
+        let memory = Memory::new(2);
+        let mut guest = bench.start(&memory, options);
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        guest.front.set_backend_request_fd(&theirs).unwrap();
+        guest.front.set_vring_err(0, &guest.queues[1].call).unwrap();
+        guest.read(0, 4096);
+        let (booked, open) = numbers(&mut bench);
+        assert_eq!(booked, open);
+        assert!(open.len() > before.len());
+    }
+    bench.daemon.ok("block-export-del", json!({ "id": "disk", "mode": "hard" }));
+    // The export's own descriptors go, too, and the reserve has given its memory file away for good.
+    loop {
+        let (booked, open) = numbers(&mut bench);
+        if bench.daemon.ok("query-block-exports", json!({})) == json!([]) && booked == open {
+            assert!(open.len() < before.len());
+            break;
+        }
+    }
+}
+
+#[test]
 fn options_that_cannot_be_are_refused_with_a_sentence() {
     let mut bench = Bench::new(1, false);
     let mut refused = |options: serde_json::Value| {

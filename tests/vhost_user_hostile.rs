@@ -21,6 +21,7 @@ use serde_json::json;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::EventFd;
 
 /// A daemon with two exports of two disks: one for the hostile, one for the others.
 struct Bench {
@@ -270,6 +271,26 @@ fn a_queue_that_there_is_not_is_refused() {
         assert!(guest.front.set_vring_num(2, 64).is_err());
         assert!(guest.was_hung_up_on());
     });
+}
+
+#[test]
+fn a_notification_that_its_front_end_has_filled_holds_up_no_removal() {
+    let mut bench = Bench::new();
+    let memory = Memory::new(1);
+    let mut guest = FrontEnd::start(&bench.socket("hostile"), &memory, Options::default());
+    guest.read(0, 512);
+    let full = EventFd::new(0).unwrap();
+    full.write(u64::MAX - 1).unwrap();
+    guest.front.set_vring_call(0, &full).unwrap();
+    let queue = &mut guest.queues[0];
+    queue.listen();
+    queue.submit(0, Ask::new(kind::READ, 0, 512));
+    queue.kick.write(1).unwrap();
+    while queue.done().is_empty() {}
+    guest.front.set_vring_call(0, &guest.queues[0].call).unwrap();
+    bench.daemon.ok("block-export-del", json!({ "id": "hostile", "mode": "hard" }));
+    assert!(guest.was_hung_up_on());
+    while bench.daemon.ok("query-block-exports", json!({})).as_array().unwrap().len() > 1 {}
 }
 
 // Case 72: memory.

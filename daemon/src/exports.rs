@@ -201,6 +201,13 @@ impl Exports {
         server.into_iter().chain(self.entries.values().flat_map(|entry| entry.export.descriptors())).collect()
     }
 
+    /// Says that a node's size has changed: clients that can be told are.
+    pub fn size_changed(&self, node_name: &str) {
+        for entry in self.entries.values().filter(|entry| entry.export.node().name() == node_name) {
+            entry.export.size_changed();
+        }
+    }
+
     /// Every running export by id.
     pub fn running(&self) -> impl Iterator<Item = (&str, &'static str, &dyn Running)> {
         self.entries.iter().map(|(id, entry)| (id.as_str(), entry.kind, &*entry.export))

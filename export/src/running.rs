@@ -44,6 +44,9 @@ pub trait Running: Send + Sync {
         false
     }
 
+    /// Says that the node's size may be another one, for exports that tell their clients.
+    fn size_changed(&self) {}
+
     /// Number of every descriptor that it holds for itself, and what it is; what a server holds for several is not among them.
     fn descriptors(&self) -> Vec<(i32, String)> {
         Vec::new()

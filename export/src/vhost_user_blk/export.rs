@@ -127,11 +127,6 @@ impl Export {
         })?;
         Ok(Export { shared })
     }
-
-    /// Says that the node's size may be another one: the front end is told.
-    pub fn size_changed(&self) {
-        let _ = rustix::io::write(&*self.shared.wake, &1u64.to_ne_bytes());
-    }
 }
 
 impl Running for Export {
@@ -161,6 +156,10 @@ impl Running for Export {
 
     fn has_ended_itself(&self) -> bool {
         self.is_over()
+    }
+
+    fn size_changed(&self) {
+        let _ = rustix::io::write(&*self.shared.wake, &1u64.to_ne_bytes());
     }
 
     fn descriptors(&self) -> Vec<(i32, String)> {

@@ -89,27 +89,54 @@ pub struct Setup {
 }
 
 /// How a driver is told of used requests. It changes while the queue runs, when a guest masks interrupts.
+///
+/// A write to an event that the front end has filled waits, so no lock is held meanwhile, and [`Call::make_room`] ends it.
 #[derive(Debug, Default)]
-pub struct Call(Mutex<Option<OwnedFd>>);
+pub struct Call(Mutex<Events>);
+
+#[derive(Debug, Default)]
+struct Events {
+    current: Option<Arc<OwnedFd>>,
+    /// What is being written to.
+    busy: Option<Arc<OwnedFd>>,
+}
 
 impl Call {
     /// Takes another descriptor, or none, in use.
     pub fn set(&self, fd: Option<OwnedFd>) {
-        *self.lock() = fd;
+        self.lock().current = fd.map(Arc::new);
     }
 
     /// The descriptor's number.
     pub fn number(&self) -> Option<RawFd> {
-        self.lock().as_ref().map(AsRawFd::as_raw_fd)
+        self.lock().current.as_ref().map(|fd| fd.as_raw_fd())
     }
 
     fn signal(&self) {
-        if let Some(fd) = &*self.lock() {
-            let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+        let current = {
+            let mut events = self.lock();
+            let current = events.current.clone();
+            events.busy.clone_from(&current);
+            current
+        };
+        if let Some(fd) = current {
+            let _ = rustix::io::write(&fd, &1u64.to_ne_bytes());
+            self.lock().busy = None;
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+    /// Empties the event that is being written to, if it is full.
+    fn make_room(&self) {
+        let busy = self.lock().busy.clone();
+        if let Some(fd) = busy
+            && poll(&mut [PollFd::new(&fd, PollFlags::OUT)], Some(&Timespec::default())) == Ok(0)
+        {
+            let mut count = [MaybeUninit::uninit(); 8];
+            let _ = rustix::io::read(&fd, &mut count);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Events> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -119,8 +146,7 @@ impl Call {
 pub struct Running {
     thread: JoinHandle<Ended>,
     stop: Arc<Stop>,
-    /// A second descriptor of what the thread may be writing to.
-    call: Option<OwnedFd>,
+    call: Arc<Call>,
     /// Numbers of what the thread waits on.
     waits: [RawFd; 2],
 }
@@ -156,7 +182,7 @@ impl Running {
         epoll::add(&wait, &*setup.kick, EventData::new_u64(0), edge)?;
         epoll::add(&wait, &*completions, EventData::new_u64(0), edge)?;
         epoll::add(&wait, &stop.event, EventData::new_u64(0), EventFlags::IN)?;
-        let call = setup.call.lock().as_ref().and_then(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 0).ok());
+        let call = Arc::clone(&setup.call);
         let waits = [wait.as_raw_fd(), completions.number()];
         let stopped = Arc::clone(&stop);
         let thread = thread::Builder::new().name("vhost-queue".into()).stack_size(STACK);
@@ -171,7 +197,7 @@ impl Running {
 
     /// Numbers of the descriptors that it holds for itself.
     pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
-        self.call.iter().map(AsRawFd::as_raw_fd).chain([self.stop.event.as_raw_fd()]).chain(self.waits)
+        [self.stop.event.as_raw_fd()].into_iter().chain(self.waits)
     }
 
     /// Ends it, once nothing of it is under way.
@@ -180,13 +206,7 @@ impl Running {
         let _ = rustix::io::write(&self.stop.event, &1u64.to_ne_bytes());
         let mut pause = Duration::from_micros(20);
         while !self.thread.is_finished() {
-            // A front end that fills its own event lets the thread wait for ever to add to it: then room is made here.
-            if let Some(call) = &self.call
-                && poll(&mut [PollFd::new(call, PollFlags::OUT)], Some(&Timespec::default())) == Ok(0)
-            {
-                let mut count = [MaybeUninit::uninit(); 8];
-                let _ = rustix::io::read(call, &mut count);
-            }
+            self.call.make_room();
             thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(10));
         }
