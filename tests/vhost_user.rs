@@ -336,7 +336,6 @@ fn a_front_end_hears_of_a_new_size_on_its_own_channel() {
         writethrough: false,
         block_size: 512,
         queues: 1,
-        poll_max: std::time::Duration::from_micros(50),
         inflight: None,
     };
     let listener = UnixListener::bind(scratch.path("sock")).unwrap();

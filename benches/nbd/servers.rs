@@ -128,29 +128,6 @@ pub const VHOST_USER: &[Server] = &[
     },
 ];
 
-/// Ours as the one, with queues that look for requests before they sleep.
-#[allow(dead_code, reason = "each benchmark has its own list")]
-pub const POLLING: Server = Server {
-    name: "doorless, polling",
-    program: env!("CARGO_BIN_EXE_doorless"),
-    formats: &[Format::Raw, Format::Qcow2],
-    arguments: |image, format, socket, read_only| {
-        let switch = if read_only { "on" } else { "off" };
-        let writable = if read_only { "off" } else { "on" };
-        words(&[
-            "daemon",
-            "--blockdev",
-            &format!("driver=file,node-name=file,filename={image},read-only={switch}"),
-            "--blockdev",
-            &format!("driver={format},node-name=disk,file=file,read-only={switch}"),
-            "--export",
-            &format!(
-                "vhost-user-blk,id=disk,node-name=disk,addr.type=unix,addr.path={socket},writable={writable},poll-max-ns=50000"
-            ),
-        ])
-    },
-};
-
 fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|&word| word.to_owned()).collect()
 }

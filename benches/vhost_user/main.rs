@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use load::Workload;
 use report::Report;
-use servers::{Format, POLLING, VHOST_USER};
+use servers::{Format, VHOST_USER};
 
 const HELP: &str = "\
 Usage: cargo bench --bench vhost_user -- [--rounds N] [--seconds N] [--size MIB] [--only TEXT] [--json FILE]
@@ -60,7 +60,7 @@ fn main() {
         for workload in WORKLOADS.iter().filter(|workload| workload.name.contains(&options.only)) {
             let image = if workload.format == Format::Raw { Some(&raw) } else { qcow2.as_ref() };
             let Some(image) = image else { continue };
-            for server in VHOST_USER.iter().chain([&POLLING]).filter(|server| server.is_there()) {
+            for server in VHOST_USER.iter().filter(|server| server.is_there()) {
                 let running = server.start(image, workload.format, dir.path(), !workload.writes);
                 let measured =
                     load::measure(&running, workload, options.size << 20, Duration::from_secs(options.seconds));

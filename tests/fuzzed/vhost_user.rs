@@ -9,7 +9,6 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::Duration;
 
 use block::Graph;
 use export::Workers;
@@ -139,7 +138,6 @@ fn talk(speak: impl FnOnce(&UnixStream)) {
             writethrough: false,
             block_size: 512,
             queues: 2,
-            poll_max: Duration::ZERO,
             inflight: Some(inflight),
         };
         Mutex::new((Export::start(listener.into(), settings, Workers::new(), || ()).unwrap(), path))

@@ -2,7 +2,6 @@
 //! `block-export-add` with `type: vhost-user-blk`.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use block::{BlockNode, Use, User};
 use export::vhost_user_blk::{BLOCK_SIZES, Export, MOST_QUEUES, Settings};
@@ -12,9 +11,6 @@ use serde_json::Value;
 
 use super::block_error;
 use crate::state::Daemon;
-
-/// Longest that an idle queue may be told to look for requests, nanoseconds.
-const MOST_POLL_NS: u32 = 1_000_000;
 
 pub fn types() -> Vec<Definition> {
     vec![
@@ -45,12 +41,6 @@ pub fn types() -> Vec<Definition> {
                      more.",
                 ),
                 Member::optional("num-queues", Type::Uint16, "Virtqueues, 1 to 128; default 1."),
-                Member::optional(
-                    "poll-max-ns",
-                    Type::Uint32,
-                    "How long an idle queue looks for requests before it sleeps, at most, nanoseconds up to 1000000; it adapts. \
-                     Default 0: not at all.",
-                ),
             ],
             "A virtio block device for a guest whose memory its VMM shares.",
         ),
@@ -64,8 +54,6 @@ pub struct Options {
     addr: Value,
     logical_block_size: Option<u64>,
     num_queues: Option<u16>,
-    #[serde(default)]
-    poll_max_ns: u32,
 }
 
 /// What every export has.
@@ -78,13 +66,10 @@ pub struct Common {
 
 pub fn add(daemon: &mut Daemon, common: Common, options: Options) -> Result<Value, Error> {
     let Common { id, node, writable, writethrough } = common;
-    let Options { addr, logical_block_size, num_queues, poll_max_ns } = options;
+    let Options { addr, logical_block_size, num_queues } = options;
     let queues = num_queues.unwrap_or(1);
     if !(1..=MOST_QUEUES).contains(&queues) {
         return Err(Error::generic(format!("num-queues must be 1 to {MOST_QUEUES}, not {queues}")));
-    }
-    if poll_max_ns > MOST_POLL_NS {
-        return Err(Error::generic(format!("poll-max-ns must be at most {MOST_POLL_NS}, not {poll_max_ns}")));
     }
     let needed = node.block_size().max(*BLOCK_SIZES.start());
     let block_size = match logical_block_size {
@@ -128,7 +113,6 @@ pub fn add(daemon: &mut Daemon, common: Common, options: Options) -> Result<Valu
         writethrough,
         block_size,
         queues,
-        poll_max: Duration::from_nanos(poll_max_ns.into()),
         inflight: daemon.exports.take_inflight(),
     };
     match Export::start(listener, settings, daemon.exports.workers(), daemon.exports.changed()) {

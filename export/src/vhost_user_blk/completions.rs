@@ -3,7 +3,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -26,7 +25,6 @@ pub struct Done {
 #[derive(Debug)]
 pub struct Completions {
     done: Mutex<Vec<Done>>,
-    ready: AtomicBool,
     event: OwnedFd,
 }
 
@@ -37,7 +35,7 @@ impl Completions {
     /// `EMFILE`.
     pub fn new() -> io::Result<Arc<Completions>> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Arc::new(Completions { done: Mutex::default(), ready: AtomicBool::new(false), event }))
+        Ok(Arc::new(Completions { done: Mutex::default(), event }))
     }
 
     /// The place for one; if it is dropped unused (a panic in a worker), the request has failed.
@@ -46,15 +44,9 @@ impl Completions {
         Slot { completions: Arc::clone(self), done: Some(Done { head, status_at, result }) }
     }
 
-    /// Whether there may be some.
-    pub fn is_ready(&self) -> bool {
-        self.ready.load(Ordering::Acquire)
-    }
-
     /// Takes what there is.
     pub fn take(&self) -> Vec<Done> {
         let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-        self.ready.store(false, Ordering::Release);
         std::mem::take(&mut done)
     }
 
@@ -89,7 +81,6 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let mut done = self.completions.done.lock().unwrap_or_else(PoisonError::into_inner);
         done.extend(self.done.take());
-        self.completions.ready.store(true, Ordering::Release);
         drop(done);
         // The counter cannot overflow: the thread that waits sees every addition, whatever it adds up to.
         let _ = rustix::io::write(&self.completions.event, &1u64.to_ne_bytes());

@@ -5,7 +5,6 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 use std::{io, thread};
 
 use block::BlockNode;
@@ -45,8 +44,6 @@ pub struct Settings {
     pub block_size: u32,
     /// Queues, 1 to [`MOST_QUEUES`].
     pub queues: u16,
-    /// How long an idle queue looks for requests before it sleeps, at most; zero is not at all.
-    pub poll_max: Duration,
     /// A memfd, of which nobody else has a descriptor, for what is under way. Without it a restart cannot go on where this
     /// process stopped.
     pub inflight: Option<OwnedFd>,
@@ -89,7 +86,7 @@ impl Export {
         workers: Workers,
         changed: impl Fn() + Send + Sync + 'static,
     ) -> io::Result<Export> {
-        let Settings { id, node, writable, writethrough, block_size, queues, poll_max, inflight } = settings;
+        let Settings { id, node, writable, writethrough, block_size, queues, inflight } = settings;
         let mut name = [0; ID];
         let len = id.len().min(ID);
         name[..len].copy_from_slice(&id.as_bytes()[..len]);
@@ -103,7 +100,6 @@ impl Export {
                 block_size,
                 id: name,
                 write_back: AtomicBool::new(!writethrough),
-                poll_max,
             }),
             queues,
             inflight,

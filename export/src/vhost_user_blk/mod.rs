@@ -17,7 +17,6 @@ mod config;
 mod export;
 mod inflight;
 mod memory;
-mod polling;
 mod proto;
 mod queue;
 mod request;
