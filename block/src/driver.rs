@@ -11,13 +11,14 @@ use sys::file::Wait;
 
 use crate::alarm::Alarm;
 use crate::claims::{Demand, Writes};
+use crate::encryption::Encryption;
 use crate::gate::Hold;
 use crate::host::Descriptor;
-use crate::{BlockNode, Error, Preallocation, Result, file, nbd, qcow2, raw, vdi, vpc};
+use crate::{BlockNode, Error, Preallocation, Result, Secret, file, luks, nbd, qcow2, raw, vdi, vpc};
 
 /// Every format, one line each: `blockdev-add`'s schema, its options and the reference docs follow from it.
 pub const DRIVERS: &[DriverEntry] =
-    &[file::ENTRY, file::DEVICE_ENTRY, nbd::ENTRY, qcow2::ENTRY, raw::ENTRY, vdi::ENTRY, vpc::ENTRY];
+    &[file::ENTRY, file::DEVICE_ENTRY, luks::ENTRY, nbd::ENTRY, qcow2::ENTRY, raw::ENTRY, vdi::ENTRY, vpc::ENTRY];
 
 /// The driver called `name`, exactly.
 pub fn driver_named(name: &str) -> Option<&'static DriverEntry> {
@@ -92,6 +93,10 @@ pub enum OptionKind {
     Socket,
     /// Text.
     Str,
+    /// The id of an object that holds a secret; the caller looks it up.
+    Secret,
+    /// QAPI's `BlockdevQcow2Encryption` for LUKS: the id of an object that holds the passphrase, in its `key-secret`.
+    LuksSecret,
 }
 
 /// An option's value, already of the type that its [`OptionSpec`] names.
@@ -103,6 +108,8 @@ pub enum OptionValue {
     Size(u64),
     /// For [`OptionKind::Str`] and [`OptionKind::Socket`].
     Str(String),
+    /// For [`OptionKind::Secret`] and [`OptionKind::LuksSecret`].
+    Secret(Secret),
 }
 
 /// Options given, by name. The caller has checked names and types against the driver's [`OptionSpec`]s.
@@ -144,6 +151,14 @@ impl OpenRequest {
     pub fn size(&self, name: &str) -> Option<u64> {
         match self.options.get(name) {
             Some(OptionValue::Size(bytes)) => Some(*bytes),
+            _ => None,
+        }
+    }
+
+    /// A secret, if given.
+    pub fn secret(&self, name: &str) -> Option<&Secret> {
+        match self.options.get(name) {
+            Some(OptionValue::Secret(secret)) => Some(secret),
             _ => None,
         }
     }
@@ -202,6 +217,15 @@ pub enum Target<'a> {
         /// Byte offset in it.
         offset: u64,
     },
+    /// This layer's own data, stored encrypted at `offset` of another node.
+    Encrypted {
+        /// The node that stores them.
+        node: &'a BlockNode,
+        /// Byte offset in it.
+        offset: u64,
+        /// What turns them into bytes and back.
+        encryption: &'a Encryption,
+    },
     /// Not this layer's business: whatever `node` says about `offset` (a backing file; a pass-through driver).
     /// Past that node's end they are zeroes.
     Child {
@@ -221,7 +245,7 @@ pub enum Target<'a> {
 /// Room for new bytes. They are the image's content once [`Prepared::commit`] has returned; a value that is dropped before
 /// gives new room back, and the content is what it was (unless the bytes went over old ones in place).
 pub struct Prepared<'a> {
-    /// Where to write: `Fd` or `Data`, or `Computed` for [`Driver::write_computed`].
+    /// Where to write: `Fd`, `Data` or `Encrypted`, or `Computed` for [`Driver::write_computed`].
     pub target: Target<'a>,
     /// For how many bytes: at least 1, at most what was asked.
     pub len: u64,
@@ -279,6 +303,8 @@ pub struct ZeroFlags {
 pub struct Info {
     /// Whether the image was not closed properly.
     pub dirty: bool,
+    /// Whether what is stored is encrypted.
+    pub encrypted: bool,
     /// Bytes that the host file takes, where that is known.
     pub allocated_size: Option<u64>,
     /// Cluster size in bytes, if the format has clusters.

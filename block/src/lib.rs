@@ -13,6 +13,7 @@ mod blocks;
 mod claims;
 mod coalesce;
 mod driver;
+mod encryption;
 mod error;
 mod file;
 mod formats;
@@ -21,11 +22,13 @@ mod graph;
 mod host;
 mod image_locks;
 mod inspect;
+pub mod luks;
 mod nbd;
 mod node;
 mod qcow2;
 mod raw;
 mod scatter;
+mod secret;
 pub mod stats;
 mod vdi;
 mod vpc;
@@ -36,6 +39,7 @@ pub use driver::{
     Ask, ChildSpec, Children, DRIVERS, Detail, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, OptionKind,
     OptionSpec, OptionValue, Options, Pending, Prepared, Target, ZeroFlags, driver_named,
 };
+pub use encryption::Encryption;
 pub use error::{Error, ErrorKind, Result};
 pub use file::{Preallocation, create as create_file, host_driver};
 pub use formats::{CheckReport, FORMATS, Format, Repair, Say, check, format_named};
@@ -44,4 +48,5 @@ pub use graph::{Edge, Graph, NodeSpec, id_is_well_formed};
 pub use host::{Descriptor, Host, Lost, Opener};
 pub use inspect::{Inspection, inspect};
 pub use node::{BlockNode, Extent, ExtentKind, NodeAccess};
+pub use secret::Secret;
 pub use sys::file::Wait;

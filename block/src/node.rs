@@ -167,6 +167,7 @@ impl BlockNode {
                 Target::Data { node, offset: at } | Target::Child { node, offset: at } => {
                     node.read_or_zero(piece, at, wait)?;
                 }
+                Target::Encrypted { node, offset: at, encryption } => encryption.read(node, piece, at, wait)?,
                 Target::Zero | Target::Absent => piece.fill(0),
                 Target::Computed if wait == Wait::Never => return Err(io::ErrorKind::WouldBlock.into()),
                 Target::Computed => self.driver.read_computed(piece, offset)?,
@@ -222,6 +223,9 @@ impl BlockNode {
                 Target::Fd { fd, offset: at } => file::write_at(fd, piece, at, durable && in_place)?,
                 Target::Data { node, offset: at } | Target::Child { node, offset: at } => {
                     node.write_growing(piece, at, durable && in_place)?;
+                }
+                Target::Encrypted { node, offset: at, encryption } => {
+                    encryption.write(node, piece, at, durable && in_place)?;
                 }
                 Target::Computed => {
                     self.driver.write_computed(piece, offset)?;
@@ -360,7 +364,9 @@ impl BlockNode {
         let Mapping { target, len, hold: _hold } = self.driver.map(offset, len, ask)?;
         let extent = |kind, depth| Ok(Extent { len, kind, depth });
         match target {
-            Target::Fd { .. } | Target::Data { .. } | Target::Computed => extent(ExtentKind::Data, 1),
+            Target::Fd { .. } | Target::Data { .. } | Target::Encrypted { .. } | Target::Computed => {
+                extent(ExtentKind::Data, 1)
+            }
             Target::Zero => extent(ExtentKind::Zero, 1),
             Target::Absent => extent(ExtentKind::Zero, 0),
             Target::Child { node, offset: at } => {

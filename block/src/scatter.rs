@@ -52,7 +52,12 @@ impl BlockNode {
                 }
                 Target::Zero | Target::Absent => into.iter().for_each(Slice::clear),
                 Target::Computed if wait == Wait::Never => return Err(io::ErrorKind::WouldBlock.into()),
-                Target::Computed => self.read_computed_into(into, offset)?,
+                Target::Computed => {
+                    read_through_buffer(into, |piece, inside| self.driver().read_computed(piece, offset + inside))?;
+                }
+                Target::Encrypted { node, offset: at, encryption } => {
+                    read_through_buffer(into, |piece, inside| encryption.read(node, piece, at + inside, wait))?;
+                }
             }
             offset += piece as u64;
             done += piece;
@@ -68,18 +73,6 @@ impl BlockNode {
         }
         scatter::part(into, there, len - there).iter().for_each(Slice::clear);
         if there == 0 { Ok(()) } else { self.read_scattered(&scatter::part(into, 0, there), offset, wait) }
-    }
-
-    fn read_computed_into(&self, into: &[Slice<'_>], offset: u64) -> io::Result<()> {
-        let len = scatter::len(into);
-        let mut buffer = vec![0; len.min(BUFFER)];
-        let mut done = 0;
-        while done < len {
-            let piece = &mut buffer[..(len - done).min(BUFFER)];
-            self.driver().read_computed(piece, offset + done as u64)?;
-            done += scatter::copy_from(&scatter::part(into, done, piece.len()), piece);
-        }
-        Ok(())
     }
 
     /// Writes the pieces at `offset`, in order; with `durable` they are on stable storage on return.
@@ -123,8 +116,11 @@ impl BlockNode {
                     node.write_scattered_growing(from, at, durable && in_place)?;
                 }
                 Target::Computed => {
-                    self.write_computed_from(from, offset)?;
+                    self.driver().write_computed(&copied(from), offset)?;
                     flush |= durable;
+                }
+                Target::Encrypted { node, offset: at, encryption } => {
+                    encryption.write(node, &copied(from), at, durable && in_place)?;
                 }
                 Target::Zero | Target::Absent => return Err(Errno::IO.into()),
             }
@@ -135,11 +131,24 @@ impl BlockNode {
         }
         if flush { self.flush() } else { Ok(()) }
     }
+}
 
-    fn write_computed_from(&self, from: &[Slice<'_>], offset: u64) -> io::Result<()> {
-        // The guest may change its memory meanwhile: what is computed is computed from one copy.
-        let mut buffer = vec![0; scatter::len(from)];
-        scatter::copy_to(from, &mut buffer);
-        self.driver().write_computed(&buffer, offset)
+/// Fills the pieces with what `read` puts into a buffer; it is told how far into them.
+fn read_through_buffer(into: &[Slice<'_>], read: impl Fn(&mut [u8], u64) -> io::Result<()>) -> io::Result<()> {
+    let len = scatter::len(into);
+    let mut buffer = vec![0; len.min(BUFFER)];
+    let mut done = 0;
+    while done < len {
+        let piece = &mut buffer[..(len - done).min(BUFFER)];
+        read(piece, done as u64)?;
+        done += scatter::copy_from(&scatter::part(into, done, piece.len()), piece);
     }
+    Ok(())
+}
+
+/// One copy of the pieces: the guest may change its memory meanwhile.
+fn copied(from: &[Slice<'_>]) -> Vec<u8> {
+    let mut buffer = vec![0; scatter::len(from)];
+    scatter::copy_to(from, &mut buffer);
+    buffer
 }

@@ -59,6 +59,8 @@ Serves disk images that arrive as descriptors. The process confines itself befor
                          events about fd sets; with wanted, a command that lacks a descriptor waits for it that long (default 0)
   --object [qom-type=]iothread,id=ID
                          an object that exports may name
+  --object secret,id=ID,file=PATH[,format=raw|base64]
+                         a passphrase that nodes may name; the file is opened before the process is confined
   --object tls-creds-x509,id=ID,endpoint=server,dir=DIR[,verify-peer=on|off]
   --object authz-simple,id=ID,identity=NAME
   --object authz-list,id=ID[,policy=deny|allow],rules.0.match=NAME,rules.0.policy=allow[,rules.0.format=exact|glob]...
@@ -254,6 +256,7 @@ fn read(
                 plans
                     .openings
                     .open_credentials(&mut options)
+                    .and_then(|()| plans.openings.open_secret(&mut options))
                     .map_err(|e| UsageError(format!("{option} {value}: {e}")))?;
                 plans.command("object-add", options);
             }

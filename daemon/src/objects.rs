@@ -16,6 +16,8 @@ pub enum Object {
     Authz(Authz),
     /// An iothread. Clients that want one get what they want: every connection has a thread of its own.
     IoThread,
+    /// A passphrase.
+    Secret(block::Secret),
     /// What a TLS server proves itself with.
     TlsCreds(Credentials),
 }
@@ -55,6 +57,18 @@ impl Objects {
     /// The object called `id`.
     pub fn get(&self, id: &str) -> Option<Object> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
+    /// The bytes of the secret called `id`.
+    ///
+    /// # Errors
+    /// There is none: QEMU's words.
+    pub fn secret(&self, id: &str) -> Result<block::Secret, Error> {
+        match self.get(id) {
+            Some(Object::Secret(secret)) => Ok(secret),
+            Some(_) => Err(Error::generic(format!("Object with id '{id}' is not a secret"))),
+            None => Err(Error::generic(format!("No secret with id '{id}'"))),
+        }
     }
 
     /// What the rule called `id` says whenever it is asked; while there is none of that id, nobody may come in.

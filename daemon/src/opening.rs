@@ -148,6 +148,27 @@ impl Openings {
         Ok(())
     }
 
+    /// Opens the file that a `secret` object names, and lets it name a set instead. A secret itself has no place on a command
+    /// line, which every user of the machine can read.
+    ///
+    /// # Errors
+    /// A sentence for the user.
+    pub fn open_secret(&mut self, object: &mut Value) -> Result<(), String> {
+        if object["qom-type"] != "secret" {
+            return Ok(());
+        }
+        if object.get("data").is_some() {
+            return Err("a command line is no secret: give 'file', or add the object over the monitor".into());
+        }
+        let Some(path) = object["file"].as_str().filter(|path| !path.starts_with(fdset::PREFIX)) else { return Ok(()) };
+        let file = std::fs::File::open(path).map_err(|e| format!("Could not open '{path}': {e}"))?;
+        let set = FIRST_OWN_SET + self.own_sets;
+        self.own_sets += 1;
+        self.sets.push((set, file.into(), Some(path.to_owned())));
+        object["file"] = format!("{}{set}", fdset::PREFIX).into();
+        Ok(())
+    }
+
     /// A server's option: the socket, and the arguments of its starting command that name it, as `name`.
     ///
     /// # Errors

@@ -266,6 +266,7 @@ impl Driver for Qcow2 {
         }
         Info {
             dirty: header.dirty,
+            encrypted: false,
             allocated_size: self.file.info().allocated_size,
             cluster_size: Some(header.cluster_size()),
             backing_name: header.backing_name.clone(),

@@ -10,6 +10,7 @@ use qmp::{Arguments, Call, Command, Definition, Error, Member, Type};
 use serde_json::{Map, Value};
 
 use super::{block_error, options};
+use crate::objects::Objects;
 use crate::remotes::Booked;
 use crate::state::Daemon;
 use crate::wants::{Wanted, Wants};
@@ -89,7 +90,7 @@ pub fn add_node(daemon: &mut Daemon, options: Map<String, Value>, inherited: Inh
         filename: text("filename").unwrap_or_default().to_owned(),
         children: BTreeMap::new(),
         detached: BTreeSet::new(),
-        options: driver_options(driver, &options)?,
+        options: driver_options(driver, &options, &daemon.objects)?,
     };
     if driver.takes_descriptor {
         let auto_read_only = options.get("auto-read-only") == Some(&Value::Bool(true));
@@ -224,8 +225,12 @@ fn open_fdset(
 /// The driver's own options, as the block layer takes them.
 ///
 /// # Errors
-/// A number of bytes that is negative.
-pub fn driver_options(driver: &DriverEntry, options: &Map<String, Value>) -> Result<block::Options, Error> {
+/// A number of bytes that is negative, or the id of no secret.
+pub fn driver_options(
+    driver: &DriverEntry,
+    options: &Map<String, Value>,
+    objects: &Objects,
+) -> Result<block::Options, Error> {
     let mut checked = block::Options::new();
     for spec in driver.options {
         let Some(value) = options.get(spec.name) else { continue };
@@ -237,8 +242,14 @@ pub fn driver_options(driver: &DriverEntry, options: &Map<String, Value>) -> Res
             })?),
             (OptionKind::Seconds, value) => OptionValue::Size(value.as_u64().unwrap_or(0)),
             (OptionKind::Socket, value) => OptionValue::Str(value["str"].as_str().unwrap_or_default().to_owned()),
+            (OptionKind::Secret, Value::String(id)) => OptionValue::Secret(objects.secret(id)?),
+            (OptionKind::LuksSecret, value) => {
+                let id = value.get("key-secret").and_then(Value::as_str);
+                let id = id.ok_or_else(|| Error::generic("Parameter 'encrypt.key-secret' is required for cipher"))?;
+                OptionValue::Secret(objects.secret(id)?)
+            }
             (OptionKind::Bool, _) => return Err(Error::invalid_type(spec.name, "boolean")),
-            (OptionKind::Str, _) => return Err(Error::invalid_type(spec.name, "string")),
+            (OptionKind::Str | OptionKind::Secret, _) => return Err(Error::invalid_type(spec.name, "string")),
         };
         checked.insert(spec.name, value);
     }

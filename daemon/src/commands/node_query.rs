@@ -101,7 +101,7 @@ fn describe(daemon: &Daemon, node: &BlockNode) -> Value {
         "file": node.filename(),
         "ro": !node.writable(),
         "active": true,
-        "encrypted": false,
+        "encrypted": node.info().encrypted,
         "detect_zeroes": "off",
         "backing_file_depth": daemon.graph.backing_depth(node.name()),
         "bps": 0, "bps_rd": 0, "bps_wr": 0,

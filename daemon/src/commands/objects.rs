@@ -16,10 +16,17 @@ use crate::state::Daemon;
 /// Most bytes of a file of credentials.
 const MOST: usize = 1 << 20;
 
+/// Most bytes of a secret.
+const MOST_SECRET: usize = 64 << 10;
+
 pub fn types() -> Vec<Definition> {
     let unused = |name| Member::optional(name, Type::Int, "Accepted, and of no use here.");
     vec![
-        words("ObjectType", &["authz-list", "authz-simple", "iothread", "tls-creds-x509"], "The kinds of objects."),
+        words(
+            "ObjectType",
+            &["authz-list", "authz-simple", "iothread", "secret", "tls-creds-x509"],
+            "The kinds of objects.",
+        ),
         Definition::union(
             "ObjectOptions",
             [
@@ -31,6 +38,7 @@ pub fn types() -> Vec<Definition> {
                 ("authz-list", Type::Named("AuthZListProperties")),
                 ("authz-simple", Type::Named("AuthZSimpleProperties")),
                 ("iothread", Type::Named("IothreadProperties")),
+                ("secret", Type::Named("SecretProperties")),
                 ("tls-creds-x509", Type::Named("TlsCredsX509Properties")),
             ],
             "An object to be made.",
@@ -40,6 +48,21 @@ pub fn types() -> Vec<Definition> {
             ["poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch", "thread-pool-min", "thread-pool-max"]
                 .map(unused),
             "An iothread. It changes nothing: every client has a thread of its own.",
+        ),
+        words("QCryptoSecretFormat", &["raw", "base64"], "How a secret is written down."),
+        Definition::structure(
+            "SecretProperties",
+            [
+                Member::optional("data", Type::Str, "The secret. Exactly one of `data` and `file` must be given."),
+                Member::optional(
+                    "file",
+                    Type::Str,
+                    "`/dev/fdset/ID`: a set with a descriptor of a file that holds the secret and nothing else. It is read once; \
+                     the set may go afterwards.",
+                ),
+                Member::optional("format", Type::Named("QCryptoSecretFormat"), "How it is written; default `raw`."),
+            ],
+            "A passphrase.",
         ),
         words("QAuthZListPolicy", &["deny", "allow"], "What becomes of an identity."),
         words("QAuthZListFormat", &["exact", "glob"], "Whether `*` and `?` stand for any text and any character."),
@@ -113,6 +136,7 @@ fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
         Some("authz-simple") => {
             Object::Authz(Authz::Simple(call.arguments()["identity"].as_str().unwrap_or_default().to_owned()))
         }
+        Some("secret") => Object::Secret(secret(&daemon.fdsets, &id, call.parse()?)?),
         Some("tls-creds-x509") => Object::TlsCreds(tls_creds(&daemon.fdsets, &id, call.parse()?)?),
         _ => Object::IoThread,
     };
@@ -195,6 +219,80 @@ fn tls_creds(sets: &FdSets, id: &str, creds: TlsCreds) -> Result<Credentials, Er
         .map_err(|e| Error::generic(format!("Unable to use the credentials in {dir}: {e}")))
 }
 
+#[derive(Deserialize)]
+struct SecretOptions {
+    data: Option<String>,
+    file: Option<String>,
+    format: Option<String>,
+}
+
+fn secret(sets: &FdSets, id: &str, options: SecretOptions) -> Result<block::Secret, Error> {
+    let bytes = match (options.data, options.file) {
+        (Some(data), None) => data.into_bytes(),
+        (None, Some(file)) => secret_file(sets, &file, id)?,
+        (None, None) => return Err(Error::generic("Must provide 'file' or 'data' property")),
+        (Some(_), Some(_)) => return Err(Error::generic("'file' and 'data' are mutually exclusive")),
+    };
+    let given = block::Secret::new(bytes);
+    if options.format.as_deref() != Some("base64") {
+        return Ok(given);
+    }
+    let decoded = base64(given.bytes()).ok_or_else(|| Error::generic("The secret is not valid base64 data"))?;
+    Ok(block::Secret::new(decoded))
+}
+
+/// What the file in the set that `path` names holds.
+fn secret_file(sets: &FdSets, path: &str, user: &str) -> Result<Vec<u8>, Error> {
+    if !path.starts_with(fdset::PREFIX) {
+        let shown: String = path.chars().take(200).flat_map(char::escape_debug).collect();
+        return Err(Error::generic(format!(
+            "Unable to read {shown}: this daemon opens no files; open it yourself, pass the descriptor with add-fd, and give \
+             the file /dev/fdset/ID"
+        )));
+    }
+    let failed = |why: String| Error::generic(format!("Unable to read {path}: {why}"));
+    let set = fdset::path::set_id(path).map_err(|e| failed(e.to_string()))?;
+    let fd = sets.open_for(set, Access::READ_ONLY, user).map_err(|e| failed(e.detail()))?;
+    let mut bytes = vec![0; MOST_SECRET + 1];
+    let count = file::read_at(&fd, &mut bytes, 0, Wait::Allowed).map_err(|e| failed(e.to_string()))?;
+    if count > MOST_SECRET {
+        return Err(failed(format!("it is longer than {MOST_SECRET} bytes")));
+    }
+    bytes.truncate(count);
+    Ok(bytes)
+}
+
+/// Decodes base64 (RFC 4648, section 4); white space does not count.
+fn base64(text: &[u8]) -> Option<Vec<u8>> {
+    let digits: Vec<u8> = text.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
+    let (digits, padding) = match digits.as_slice() {
+        [head @ .., b'=', b'='] => (head, 2),
+        [head @ .., b'='] => (head, 1),
+        all => (all, 0),
+    };
+    if (digits.len() + padding) % 4 != 0 || digits.len() % 4 == 1 {
+        return None;
+    }
+    let (mut bits, mut held, mut bytes) = (0u32, 0, Vec::with_capacity(digits.len()));
+    for &digit in digits {
+        let value = match digit {
+            b'A'..=b'Z' => digit - b'A',
+            b'a'..=b'z' => digit - b'a' + 26,
+            b'0'..=b'9' => digit - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = bits << 6 & 0x3fff | u32::from(value);
+        held += 6;
+        if held >= 8 {
+            held -= 8;
+            bytes.extend(u8::try_from(bits >> held & 0xff));
+        }
+    }
+    Some(bytes)
+}
+
 /// What the file of that name holds; `None` if the set has none of that name.
 fn content(sets: &FdSets, set: i64, name: &str, user: &str) -> Result<Option<Vec<u8>>, Error> {
     let info = sets.set(set).ok_or_else(|| Error::generic(format!("fdset {set} is not there")))?;
@@ -210,4 +308,19 @@ fn content(sets: &FdSets, set: i64, name: &str, user: &str) -> Result<Option<Vec
     }
     bytes.truncate(count);
     Ok(Some(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::base64;
+
+    #[test]
+    fn base64_is_that_of_rfc_4648() {
+        for (text, bytes) in [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9v", "foo"), ("Zm9v\nYmE=\n", "fooba")] {
+            assert_eq!(base64(text.as_bytes()).as_deref(), Some(bytes.as_bytes()), "{text}");
+        }
+        for text in ["Z", "Zg", "Zg=", "Zg===", "Zm9v!", "====", "Z=g="] {
+            assert_eq!(base64(text.as_bytes()), None, "{text}");
+        }
+    }
 }

@@ -37,6 +37,15 @@ pub fn types() -> Vec<Definition> {
         DRIVER_TYPES.iter().map(|&(driver, name)| (driver, Type::Named(name))).collect();
     let mut types = vec![
         words("BlockdevDriver", &names, "The drivers."),
+        words("BlockdevQcow2EncryptionFormat", &["luks"], "How a qcow2 image is encrypted."),
+        Definition::structure(
+            "BlockdevQcow2Encryption",
+            [
+                Member::required("format", Type::Named("BlockdevQcow2EncryptionFormat"), "How."),
+                Member::optional("key-secret", Type::Str, "The id of a `secret` object that holds the passphrase."),
+            ],
+            "What opens an encrypted qcow2 image.",
+        ),
         words("BlockdevDiscardOptions", &["ignore", "unmap"], "What a discard does."),
         words("BlockdevDetectZeroesOptions", &["off", "on", "unmap"], "Whether writes of zeroes are looked for."),
         words("OnOffAuto", &["auto", "on", "off"], "A switch that may choose for itself."),
@@ -88,9 +97,10 @@ fn members(driver: &DriverEntry) -> Vec<Member> {
             OptionKind::Bool => Type::Bool,
             // A signed number in QAPI, so that a negative one is refused by what it means and not by its type.
             OptionKind::Size => Type::Int,
-            OptionKind::Str => Type::Str,
             OptionKind::Seconds => Type::Uint32,
             OptionKind::Socket => Type::Named("SocketAddress"),
+            OptionKind::Str | OptionKind::Secret => Type::Str,
+            OptionKind::LuksSecret => Type::Named("BlockdevQcow2Encryption"),
         };
         let make = if option.kind == OptionKind::Socket { Member::required } else { Member::optional };
         members.push(make(option.name, ty, option.summary));

@@ -119,7 +119,8 @@ fn check_unchanged(daemon: &Daemon, name: &str, options: &Map<String, Value>) ->
             return Err(cannot_change(child.name));
         }
     }
-    let (given, present) = (driver_options(driver, options)?, daemon.graph.options(name).map_err(block_error)?);
+    let (given, present) =
+        (driver_options(driver, options, &daemon.objects)?, daemon.graph.options(name).map_err(block_error)?);
     match driver.options.iter().find(|option| given.get(option.name) != present.get(option.name)) {
         Some(option) => Err(cannot_change(option.name)),
         None => Ok(driver),
