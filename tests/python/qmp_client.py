@@ -83,6 +83,9 @@ async def main(path, disk, nbd):
     await run("metrics-server-stop")
     await run("object-del", {"id": "io"})
     await refused(qmp, "blockdev-del", {"node-name": "none"}, "Failed to find node")
+    tried.add("blockdev-nbd-reconnect")
+    server = {"type": "fd", "str": "none"}
+    await refused(qmp, "blockdev-nbd-reconnect", {"node-name": "none", "server": server}, "Failed to find node")
     await run("blockdev-del", {"node-name": "n"})
 
     with qmp.listener("JOB_STATUS_CHANGE") as status:
