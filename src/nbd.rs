@@ -4,8 +4,6 @@
 //! What is not built yet, and what needs the kernel's nbd device, is refused by name; nothing is accepted and then not done.
 
 use std::ffi::OsString;
-use std::fs::File;
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
@@ -259,18 +257,28 @@ fn activation() -> anyhow::Result<Option<std::os::fd::OwnedFd>> {
 struct PidFile(PathBuf);
 
 impl PidFile {
+    /// Whoever finds the file finds the whole number in it.
     fn write(path: PathBuf) -> anyhow::Result<PidFile> {
         let path = std::path::absolute(path)?;
         let failed = || format!("could not write the PID file '{}'", path.display());
-        let mut file = File::create(&path).with_context(failed)?;
-        writeln!(file, "{}", std::process::id()).with_context(failed)?;
+        let id = format!("{}\n", std::process::id());
+        // What is no regular file (/dev/stderr, a FIFO) is written to, not replaced.
+        if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
+            std::fs::write(&path, id).with_context(failed)?;
+        } else {
+            let whole = path.with_added_extension(std::process::id().to_string());
+            std::fs::write(&whole, id).with_context(failed)?;
+            std::fs::rename(&whole, &path).with_context(failed)?;
+        }
         Ok(PidFile(path))
     }
 }
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        if self.0.symlink_metadata().is_ok_and(|metadata| metadata.is_file()) {
+            let _ = std::fs::remove_file(&self.0);
+        }
     }
 }
 

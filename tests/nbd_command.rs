@@ -5,7 +5,7 @@
 mod harness;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -84,12 +84,47 @@ fn persistent_it_serves_on_until_a_signal_and_leaves_nothing() {
     let scratch = Scratch::new();
     let (disk, socket, pid) = (disk(&scratch), scratch.name("socket"), scratch.name("pid"));
     let server = Server::start(&socket, &["-rt", "-fraw", "-e4", &format!("--pid-file={pid}"), &disk]);
+    // Written last: who waits for it need not wait for the socket.
+    while !Path::new(&pid).exists() {
+        std::thread::yield_now();
+    }
     for _ in 0..2 {
         assert_eq!(run("nbdinfo", &["--size", &uri(&socket, "")]).trim(), "1048576");
     }
     assert_eq!(std::fs::read_to_string(&pid).unwrap().trim(), server.0.id().to_string());
     assert!(server.terminate().success());
     assert!(!Path::new(&socket).exists() && !Path::new(&pid).exists());
+}
+
+#[test]
+fn who_waits_for_the_socket_finds_the_disk() {
+    let scratch = Scratch::new();
+    let disk = disk(&scratch);
+    for round in 0..20 {
+        let socket = scratch.name(&format!("socket{round}"));
+        let mut server = Server::start(&socket, &["-f", "raw", "-x", "it", &disk]);
+        let mut client = UnixStream::connect(&socket).unwrap();
+        let mut greeting = [0; 18];
+        client.read_exact(&mut greeting).unwrap();
+        // Flags, then NBD_OPT_EXPORT_NAME: a name that is not there is answered by hanging up.
+        client.write_all(&[&[0, 0, 0, 3], &b"IHAVEOPT"[..], &[0, 0, 0, 1, 0, 0, 0, 2], b"it"].concat()).unwrap();
+        let mut size = [0; 8];
+        client.read_exact(&mut size).unwrap();
+        assert_eq!(u64::from_be_bytes(size), 1 << 20, "round {round}");
+        drop(client);
+        assert!(server.wait().success());
+    }
+}
+
+#[test]
+fn a_failed_start_leaves_no_socket() {
+    let scratch = Scratch::new();
+    let (disk, socket) = (disk(&scratch), scratch.name("socket"));
+    let long = "x".repeat(5000);
+    let said = refused(&["-k", &socket, "-f", "raw", "-x", &long, &disk]);
+    assert!(said.contains("too long"), "{said}");
+    let names: Vec<_> = std::fs::read_dir(scratch.path(".")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["disk.raw"]);
 }
 
 #[test]
@@ -201,8 +236,11 @@ fn a_service_managers_socket_is_used_and_excludes_other_addresses() {
     assert_eq!(refused.status.code(), Some(1));
     let said = String::from_utf8(refused.stderr).unwrap();
     assert!(said.contains("Unix socket can't be set when using socket activation"), "{said}");
+    // A client is there before the server, as when a service manager starts it for that client.
+    let early = Command::new("nbdinfo").args(["--size", &uri(&socket, "")]).stdout(Stdio::piped()).spawn().unwrap();
     let mut server = Server(activated(&[]));
-    assert_eq!(run("nbdinfo", &["--size", &uri(&socket, "")]).trim(), "1048576");
+    let told = early.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8(told.stdout).unwrap().trim(), "1048576");
     assert!(server.wait().success());
 }
 

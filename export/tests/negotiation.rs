@@ -5,11 +5,13 @@
 mod client;
 
 use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use client::{Client, Fixture, READ, greet, is_closed, option, option_header, option_replies, pattern, string};
-use export::nbd::Limits;
+use export::Workers;
 use export::nbd::proto::{self, flag, opt, rep};
+use export::nbd::{Limits, Server, Settings};
 
 /// The server goes on for others.
 fn still_serves(fixture: &Fixture) {
@@ -135,6 +137,22 @@ fn clients_over_the_limit_wait_until_one_leaves() {
     third.set_nonblocking(false).unwrap();
     assert_eq!(Client::negotiate(third, None).call(0, READ, 0, 512, &[]).error, 0);
     drop(second);
+}
+
+#[test]
+fn clients_wait_for_the_first_export_where_that_is_asked() {
+    let fixture = Fixture::raw(1 << 20, false);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("nbd");
+    let listener = UnixListener::bind(&path).unwrap();
+    let limits = Limits { await_export: true, ..Limits::default() };
+    let server = Server::start(listener.into(), limits, None, Workers::new(), || ()).unwrap();
+    let early = UnixStream::connect(&path).unwrap();
+    early.set_nonblocking(true).unwrap();
+    assert_eq!((&early).read(&mut [0; 1]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    early.set_nonblocking(false).unwrap();
+    server.add(Settings::new("disk", fixture.node())).unwrap();
+    assert_eq!(Client::negotiate(early, None).call(0, READ, 0, 512, &[]).error, 0);
 }
 
 #[test]

@@ -3,7 +3,6 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ExitStatus, Stdio};
 
@@ -19,7 +18,7 @@ use crate::{Error, Result};
 #[derive(Debug, Default)]
 pub struct Launch {
     /// A second monitor, whose clients come over this listener.
-    pub monitor: Option<UnixListener>,
+    pub monitor: Option<OwnedFd>,
     /// Whether it ends when the last NBD client has left.
     pub ends_with_clients: bool,
     /// Whether it lets go of standard error once it is ready.

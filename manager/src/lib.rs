@@ -12,6 +12,7 @@ pub mod disk;
 mod error;
 pub mod fuse;
 pub mod inspector;
+mod listening;
 pub mod monitor;
 pub mod opening;
 pub mod serve;

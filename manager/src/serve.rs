@@ -3,8 +3,6 @@
 
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -16,6 +14,7 @@ use crate::daemon::{Daemon, Launch};
 use crate::disk;
 use crate::fuse::{AllowOther, Attached, Mount};
 use crate::inspector::Program;
+use crate::listening::{Listening, SocketFile};
 use crate::opening::Rights;
 use crate::tls::Tls;
 use crate::{Error, Result};
@@ -113,33 +112,34 @@ pub struct Served {
     pub chain: Chain,
     /// The file as which it appears, unless it does not.
     pub file: Option<Attached>,
-    sockets: Vec<PathBuf>,
+    sockets: Vec<SocketFile>,
 }
 
-/// Opens the image, starts a confined daemon, passes it everything, and exports the disk.
+/// Opens the image, starts a confined daemon, passes it everything, and exports the disk. Sockets appear at their paths when
+/// that is done, so that whoever waits for one finds the disk behind it.
 ///
 /// # Errors
 /// Any step's; nothing is left behind.
 pub fn serve(program: &Program, request: Request) -> Result<Served> {
-    let Request { image, policy, listen: place, file, device, metrics, monitor, export } = request;
+    let Request { image, policy, listen, file, device, metrics, monitor, export } = request;
     let chain = chain::open(program, &image, &policy)?;
+    let mut sockets = Sockets::default();
+    let monitor = monitor.map(|path| sockets.listen(Listen::Unix(path))).transpose()?;
     let launch = Launch {
-        monitor: monitor.as_deref().map(listen).transpose()?,
+        monitor,
         ends_with_clients: export.until_unused,
         background: export.background,
         deaf_to_terminal: file.is_some(),
     };
     let mut daemon = Daemon::start_with(program, &launch)?;
     let node = disk::attach(&mut daemon, &chain, DISK, export.discard)?;
-    let sockets: Vec<PathBuf> = monitor.into_iter().collect();
-    let mut served = Served { daemon, chain, file: None, sockets };
+    let mut served = Served { daemon, chain, file: None, sockets: Vec::new() };
     let node = served.part(node, &export)?;
-    if let Some(place) = place {
-        let listener = served.listen(place)?;
-        served.export(&listener, &node, &export)?;
+    if let Some(place) = listen {
+        served.export(&sockets.listen(place)?, &node, &export)?;
     }
     if let Some(place) = metrics {
-        let listener = served.listen(place)?;
+        let listener = sockets.listen(place)?;
         served.daemon.execute("getfd", json!({ "fdname": "metrics" }), &[listener.as_fd()])?;
         let start = json!({ "addr": { "type": "fd", "data": { "str": "metrics" } } });
         served.daemon.execute("metrics-server-start", start, &[])?;
@@ -148,29 +148,42 @@ pub fn serve(program: &Program, request: Request) -> Result<Served> {
         served.mount(program, &node, &file)?;
     }
     if let Some(device) = device {
-        let listener = listen(&device.socket)?;
-        served.sockets.push(device.socket);
+        let listener = sockets.listen(Listen::Unix(device.socket))?;
         served.device(&listener, &node, device.queues)?;
     }
+    served.sockets = sockets.publish()?;
     Ok(served)
 }
 
-impl Served {
+/// Sockets at which nobody can be found yet.
+#[derive(Default)]
+struct Sockets(Vec<Listening>);
+
+impl Sockets {
+    /// A descriptor to pass on.
     fn listen(&mut self, place: Listen) -> Result<OwnedFd> {
-        Ok(match place {
+        match place {
             Listen::Unix(path) => {
-                let listener = listen(&path)?;
-                self.sockets.push(path);
-                listener.into()
+                let failed = |source| Error::Open { path: path.clone(), purpose: " to listen there", source };
+                let listening = Listening::bind(path.clone())?;
+                let listener = listening.as_fd().try_clone_to_owned().map_err(failed)?;
+                self.0.push(listening);
+                Ok(listener)
             }
             Listen::Tcp(host, port) => {
                 let failed = |source| Error::Listen { address: format!("{host}:{port}"), source };
-                TcpListener::bind((host.as_str(), port)).map_err(failed)?.into()
+                Ok(TcpListener::bind((host.as_str(), port)).map_err(failed)?.into())
             }
-            Listen::Passed(listener) => listener,
-        })
+            Listen::Passed(listener) => Ok(listener),
+        }
     }
 
+    fn publish(self) -> Result<Vec<SocketFile>> {
+        self.0.into_iter().map(Listening::publish).collect()
+    }
+}
+
+impl Served {
     fn is_writable(&self) -> bool {
         self.chain.layers[0].image.rights == Rights::ReadWrite
     }
@@ -190,7 +203,7 @@ impl Served {
 
     fn export(&mut self, listener: &OwnedFd, node: &str, options: &ExportOptions) -> Result<()> {
         self.daemon.execute("getfd", json!({ "fdname": "nbd" }), &[listener.as_fd()])?;
-        // The socket can be seen before the export is there: who connects in between must not be told that there is none.
+        // A client of a passed socket or a port may be there already, and must not hear that there is no such export.
         let mut start = json!({ "addr": { "type": "fd", "data": { "str": "nbd" } }, "await-export": true });
         if let Some(most) = options.max_connections {
             start["max-connections"] = json!(most);
@@ -213,7 +226,7 @@ impl Served {
         Ok(())
     }
 
-    fn device(&mut self, listener: &UnixListener, node: &str, queues: u16) -> Result<()> {
+    fn device(&mut self, listener: &OwnedFd, node: &str, queues: u16) -> Result<()> {
         self.daemon.execute("getfd", json!({ "fdname": "vhost-user" }), &[listener.as_fd()])?;
         let export = json!({
             "type": "vhost-user-blk", "id": DEVICE, "node-name": node, "writable": self.is_writable(),
@@ -244,7 +257,7 @@ impl Served {
     /// # Errors
     /// The daemon cannot be waited for.
     pub fn stop(mut self) -> Result<()> {
-        self.remove_sockets();
+        self.sockets.clear();
         // While it is served: what programs have mapped is written back.
         self.file = None;
         self.daemon.stop().map(drop).map_err(Error::process("could not wait for the daemon"))
@@ -254,16 +267,10 @@ impl Served {
     ///
     /// # Errors
     /// The daemon cannot be waited for.
-    pub fn wait(self) -> Result<bool> {
-        self.remove_sockets();
+    pub fn wait(mut self) -> Result<bool> {
+        self.sockets.clear();
         let status = self.daemon.wait().map_err(Error::process("could not wait for the daemon"))?;
         Ok(status.success())
-    }
-
-    fn remove_sockets(&self) {
-        for socket in &self.sockets {
-            let _ = std::fs::remove_file(socket);
-        }
     }
 }
 
@@ -325,24 +332,6 @@ pub fn uri(socket: &Path, name: &str) -> String {
         })
     };
     format!("nbd+unix:///{}?socket={}", escape(name), escape(&socket.to_string_lossy()))
-}
-
-/// Binds the socket. One that nobody listens on any more is replaced; a living one is not.
-fn listen(path: &Path) -> Result<UnixListener> {
-    let failed = |source| Error::Open { path: path.to_owned(), purpose: " to listen there", source };
-    match UnixListener::bind(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
-            // Connecting to a file that is no socket is refused in the same way, and a file is not ours to remove.
-            let dead = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
-                && UnixStream::connect(path).is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused);
-            if !dead {
-                return Err(failed(e));
-            }
-            std::fs::remove_file(path).map_err(failed)?;
-            UnixListener::bind(path).map_err(failed)
-        }
-        other => other.map_err(failed),
-    }
 }
 
 #[cfg(test)]
