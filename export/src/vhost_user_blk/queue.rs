@@ -180,7 +180,7 @@ impl Running {
         let edge = EventFlags::IN | EventFlags::ET;
         epoll::add(&wait, &*setup.kick, EventData::new_u64(0), edge)?;
         epoll::add(&wait, &*completions, EventData::new_u64(0), edge)?;
-        epoll::add(&wait, &stop.event, EventData::new_u64(0), EventFlags::IN)?;
+        epoll::add(&wait, &stop.event, EventData::new_u64(0), edge)?;
         let call = Arc::clone(&setup.call);
         let waits = [wait.as_raw_fd(), completions.number()];
         let stopped = Arc::clone(&stop);
@@ -387,8 +387,10 @@ impl<'m> Queue<'m> {
         if self.in_flight == 0 {
             return Ok(());
         }
-        for Done { head, status_at, result } in self.completions.take() {
-            self.in_flight -= 1;
+        let done = self.completions.take();
+        // Before the first that turns out to be corrupt: the others have ended, too.
+        self.in_flight -= done.len();
+        for Done { head, status_at, result } in done {
             self.push(head, status_at, result?)?;
         }
         Ok(())
