@@ -69,6 +69,11 @@ fn the_check_survives_its_corpus() {
 }
 
 #[test]
+fn formats_that_are_written_survive_their_corpus() {
+    replay("image_write", fuzzed::image_write);
+}
+
+#[test]
 fn the_fuse_file_survives_its_corpus() {
     replay("fuse_requests", fuzzed::fuse_requests);
 }

@@ -3,6 +3,7 @@
 //! `corpora` feeds them what is committed.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, unreachable_pub)]
 
+mod image_write;
 mod nbd;
 mod vhost_user;
 
@@ -21,6 +22,7 @@ use export::fuse;
 use fdset::{FdPolicy, Lifetime};
 use qmp::Parser;
 
+pub use image_write::image_write;
 pub use nbd::{nbd_handshake, nbd_requests, nbd_tls, transmit};
 pub use vhost_user::{vhost_user_messages, vhost_user_rings};
 

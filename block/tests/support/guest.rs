@@ -131,8 +131,10 @@ impl Guest {
     }
 
     /// What an atom may hold now.
-    pub fn values(&self, at: usize) -> &[u64] {
-        &self.atoms[at].last().unwrap().values
+    pub fn values(&self, at: usize) -> Vec<u64> {
+        let versions = &self.atoms[at];
+        let certain = versions.iter().rposition(|version| version.ended != u64::MAX).unwrap_or(0);
+        versions[certain..].iter().flat_map(|version| version.values.iter().copied()).collect()
     }
 
     /// Whether `bytes` can be what the guest sees now.

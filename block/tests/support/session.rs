@@ -120,7 +120,7 @@ impl Session {
             }
             Request::Discard { first, count } => {
                 let mut guest = self.guest();
-                let values = (*first..first + count).map(|at| [guest.values(at), &[0]].concat()).collect();
+                let values = (*first..first + count).map(|at| [guest.values(at), vec![0]].concat()).collect();
                 guest.begin(*first, values, before);
                 drop(guest);
                 node.discard(at(*first), at(*count))?;
