@@ -14,6 +14,7 @@ use crate::claims::{Demand, Writes};
 use crate::encryption::Encryption;
 use crate::gate::Hold;
 use crate::host::Descriptor;
+use crate::snapshot::Snapshots;
 use crate::{BlockNode, Error, Preallocation, Result, Secret, file, luks, nbd, qcow2, raw, vdi, vpc};
 
 /// Every format, one line each: `blockdev-add`'s schema, its options and the reference docs follow from it.
@@ -414,6 +415,11 @@ pub trait Driver: Send + Sync {
     /// `Unsupported` for formats and images that have one size for ever; `Invalid` for a size that cannot be; `Io`.
     fn resize(&self, _len: u64, _preallocation: Preallocation) -> Result<()> {
         Err(Error::unsupported("Image format driver does not support resize"))
+    }
+
+    /// The snapshots that the image keeps, for formats that can.
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
     }
 
     /// Brings the image in order for its end or for reading only: nothing that is in memory alone is lost, and marks of being in

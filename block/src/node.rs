@@ -10,7 +10,7 @@ use sys::file::{self, Wait};
 
 use crate::driver::{Ask, Detail, Driver, Info, Mapping, Target, ZeroFlags};
 use crate::stats::Stats;
-use crate::{Error, Preallocation, Result};
+use crate::{Error, Preallocation, Result, Snapshots};
 
 /// Zeroes are written as data in pieces of this many bytes.
 const ZERO_PIECE: usize = 64 << 10;
@@ -332,6 +332,19 @@ impl BlockNode {
             return Err(Error::invalid(format!("The size must be less than 2^63 bytes, not {len}")));
         }
         self.driver.resize(len, preallocation)
+    }
+
+    /// The snapshots that the image keeps.
+    ///
+    /// # Errors
+    /// The format keeps none: QEMU's words.
+    pub fn snapshots(&self) -> Result<&dyn Snapshots> {
+        self.driver.snapshots().ok_or_else(|| {
+            Error::unsupported(format!(
+                "Block format '{}' used by device '{}' does not support internal snapshots",
+                self.driver_name, self.name
+            ))
+        })
     }
 
     /// Splits a range at the driver's units. The last unit of the image counts as whole where the image ends in it.

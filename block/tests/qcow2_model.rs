@@ -96,6 +96,8 @@ struct Model {
     node: Option<Arc<BlockNode>>,
     bytes: Vec<u8>,
     first_size: u64,
+    /// Ids of the snapshots made here, and what each keeps.
+    kept: Vec<(String, Vec<u8>)>,
 }
 
 fn make(kind: &Kind, dir: &Path) -> Model {
@@ -153,6 +155,7 @@ fn make(kind: &Kind, dir: &Path) -> Model {
         node: None,
         bytes,
         first_size: kind.size,
+        kept: Vec::new(),
     };
     model.open();
     model
@@ -229,11 +232,14 @@ impl Model {
                     Err(e) => assert!(self.data.is_some() && e.raw_os_error() == Some(95), "{e}"),
                 }
             }
+            73 if random.below(3) == 0 => self.snapshot(random),
             73 => {
                 let size = (size + 512 * (1 + random.below(512))).min(2 * self.first_size);
                 let size = if random.below(2) == 0 { size } else { 512 * (1 + random.below(size / 512)) };
-                self.node().resize(size, Preallocation::Off).unwrap();
-                self.bytes.resize(usize::try_from(size).unwrap(), 0);
+                match self.node().resize(size, Preallocation::Off) {
+                    Ok(()) => self.bytes.resize(usize::try_from(size).unwrap(), 0),
+                    Err(e) => assert!(e.to_string().contains("version 2 image which has snapshots"), "{e}"),
+                }
             }
             74..95 => assert_eq!(read(self.node(), offset, range.len()).unwrap(), self.bytes[range], "at {offset}"),
             95..99 => self.node().flush().unwrap(),
@@ -241,10 +247,35 @@ impl Model {
         }
     }
 
+    /// Makes a snapshot, goes back to one, or lets one go.
+    fn snapshot(&mut self, random: &mut Random) {
+        let at = usize::try_from(random.below(self.kept.len().max(1) as u64)).unwrap();
+        let node = Arc::clone(self.node.as_ref().unwrap());
+        let snapshots = node.snapshots().unwrap();
+        match random.below(3) {
+            0 if self.kept.len() < 4 => match snapshots.create("model", (1, 2)) {
+                Ok(made) => self.kept.push((made.id, self.bytes.clone())),
+                Err(e) => assert!(self.data.is_some() || e.to_string().contains("bits of refcount"), "{e}"),
+            },
+            1 if at < self.kept.len() => {
+                let (id, bytes) = self.kept[at].clone();
+                match snapshots.apply(&id) {
+                    Ok(()) => self.bytes = bytes,
+                    Err(e) => assert!(e.to_string().contains("bits of refcount"), "{e}"),
+                }
+            }
+            2 if at < self.kept.len() => {
+                let (id, _) = self.kept.remove(at);
+                snapshots.delete(Some(&id), Some("model")).unwrap();
+            }
+            _ => {}
+        }
+    }
+
     /// What a guest sees, and what qemu-img says.
     fn judge(self, dir: &Path) {
         assert!(read(self.node(), 0, self.bytes.len()).unwrap() == self.bytes);
-        let Model { image, data, node, nodes, bytes, .. } = self;
+        let Model { image, data, node, nodes, bytes, kept, .. } = self;
         drop((node, nodes));
         let (path, name) = name_in(dir, "image.qcow2");
         to_disk(&image, &path);
@@ -255,6 +286,12 @@ impl Model {
         let expected = dir.join("expected.raw");
         std::fs::write(&expected, bytes).unwrap();
         run("qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "raw", &name, text(&expected)]);
+        for (id, bytes) in kept {
+            std::fs::write(&expected, bytes).unwrap();
+            run("qemu-img", &["snapshot", "-a", &id, &name]);
+            run("qemu-img", &["check", "-q", &name]);
+            run("qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "raw", &name, text(&expected)]);
+        }
     }
 }
 

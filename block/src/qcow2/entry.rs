@@ -152,6 +152,11 @@ impl L2Entry {
         self.word & COPIED != 0
     }
 
+    /// The entry with its mark of being nobody else's set or taken away.
+    pub fn with_exclusive(self, exclusive: bool) -> L2Entry {
+        L2Entry { word: self.word & !COPIED | if exclusive { COPIED } else { 0 }, ..self }
+    }
+
     pub fn is_compressed(self) -> bool {
         self.word & COMPRESSED != 0
     }

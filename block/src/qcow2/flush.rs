@@ -231,7 +231,7 @@ impl Qcow2 {
     }
 
     /// A hint to the node below, which decides whether it gives room back.
-    fn discard_host(&self, node: &BlockNode, offset: u64, len: u64) {
+    pub fn discard_host(&self, node: &BlockNode, offset: u64, len: u64) {
         let there = node.len().saturating_sub(offset).min(len);
         if there > 0
             && let Err(e) = node.discard(offset, there)

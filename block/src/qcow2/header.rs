@@ -21,6 +21,8 @@ pub const AT_SIZE: u64 = 24;
 pub const AT_L1: u64 = 36;
 /// Offset (8 bytes) and clusters (4 bytes).
 pub const AT_REFCOUNT_TABLE: u64 = 48;
+/// Count (4 bytes) and offset (8 bytes).
+pub const AT_SNAPSHOTS: u64 = 60;
 pub const AT_INCOMPATIBLE: u64 = 72;
 pub const AT_AUTOCLEAR: u64 = 88;
 

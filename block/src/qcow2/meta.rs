@@ -35,6 +35,9 @@ pub struct Meta {
     pub dirty_l1: BTreeMap<usize, L1Entry>,
     /// Entries that the L1 table on disk has room for.
     pub l1_room: u64,
+    /// Internal snapshots, and where their table stands.
+    pub snapshots: u32,
+    pub snapshots_offset: u64,
     /// Guest clusters whose room is being filled.
     pub flights: Vec<Range<u64>>,
     /// Host bytes that the mapping in memory does not name any more, while the one on disk still does.

@@ -22,6 +22,8 @@ mod opening;
 mod refcounts;
 mod resize;
 mod slices;
+mod snapshot_table;
+mod snapshots;
 mod tables;
 mod write;
 mod zero;
@@ -39,6 +41,7 @@ use crate::driver::{
     Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OptionKind, OptionSpec, Prepared, Target, ZeroFlags,
 };
 use crate::gate::{Gate, Hold};
+use crate::snapshot::Snapshots;
 use crate::{BlockNode, Preallocation, Result, Wait};
 use entry::{Kind, L2Entry, Rules};
 use header::{Compression, Header};
@@ -235,6 +238,10 @@ impl Driver for Qcow2 {
 
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
         self.change_size(len, preallocation)
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
     }
 
     fn close(&self) -> io::Result<()> {

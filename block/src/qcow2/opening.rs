@@ -58,6 +58,7 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
     let words = usize::try_from(rules.slice_words()).unwrap_or(1);
     let budget = request.size("l2-cache-size").unwrap_or(L2_CACHE);
     let l1_room = u64::from(header.l1_room);
+    let (snapshots, snapshots_offset) = (header.snapshots, header.snapshots_offset);
     let image = Qcow2 {
         node_name: request.node_name,
         rules,
@@ -75,7 +76,7 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         writable: AtomicBool::new(false),
         damaged: AtomicBool::new(false),
         gate: Gate::default(),
-        meta: Mutex::new(Meta { l1_room, ..Meta::default() }),
+        meta: Mutex::new(Meta { l1_room, snapshots, snapshots_offset, ..Meta::default() }),
         landed: Condvar::new(),
         flushes: Coalesced::default(),
         writing_back: Mutex::new(()),

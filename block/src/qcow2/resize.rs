@@ -26,7 +26,7 @@ impl Qcow2 {
         if preallocation != Preallocation::Off {
             return Err(Error::unsupported("a qcow2 image can be resized with preallocation 'off' only"));
         }
-        if self.header.snapshots > 0 && self.rules.version == 2 {
+        if self.meta().snapshots > 0 && self.rules.version == 2 {
             return Err(Error::unsupported("Can't resize a version 2 image which has snapshots"));
         }
         let before = self.size();
