@@ -152,14 +152,16 @@ fn case_55_metadata_that_is_counted_as_free_is_never_given_out() {
 }
 
 #[test]
-fn case_56_a_refcount_block_at_an_unaligned_place_marks_the_image() {
-    let mut image = good(3);
-    put64(&mut image, CLUSTER, 2 * CLUSTER + 512);
-    let opened = open(image).unwrap();
-    let error = opened.node.write(&[1; 512], 9 * CLUSTER, false).unwrap_err();
-    assert_eq!(error.raw_os_error(), Some(5));
-    assert!(opened.is_marked());
-    assert_eq!(read(&opened.node, 0, 512).unwrap(), [0x5a; 512], "reads go on");
+fn case_56_a_refcount_block_at_an_impossible_place_marks_the_image() {
+    for block in [2 * CLUSTER + 512, u64::MAX - 511, 0u64.wrapping_sub(CLUSTER), 1 << 56] {
+        let mut image = good(3);
+        put64(&mut image, CLUSTER, block);
+        let opened = open(image).unwrap();
+        let error = opened.node.write(&[1; 512], 9 * CLUSTER, false).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(5));
+        assert!(opened.is_marked(), "{block:#x}");
+        assert_eq!(read(&opened.node, 0, 512).unwrap(), [0x5a; 512], "reads go on");
+    }
 }
 
 #[test]

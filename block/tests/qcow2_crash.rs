@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use support::guest::{ATOM, Guest, bytes_of, tags_of};
 use support::image::{KINDS, Made, make};
-use support::recording::{Journal, moments};
+use support::recording::{Journal, moments, recorded};
 use support::session::{Request, Session};
 use support::walk::walk;
 use support::{Random, judge, text};
@@ -47,9 +47,21 @@ fn qemu_agrees(files: &[Vec<u8>]) -> Result<(), String> {
     }
 }
 
+/// Whether our own check finds nothing but leaks.
+fn checker_agrees(image: &[u8]) -> Result<(), String> {
+    let (file, _) = recorded(&Journal::silent(), 0, image.to_vec());
+    let mut said = Vec::new();
+    let report = block::check(&file, "qcow2", block::Repair::Nothing, &mut |finding| said.push(finding.to_owned()));
+    match report {
+        Ok(report) if report.corruptions + report.check_errors == 0 => Ok(()),
+        other => Err(format!("our check says {other:?}: {said:?}")),
+    }
+}
+
 /// Opens what a crash at event `at` left, looks at it, and works on.
 fn judge_state(made: &Made, guest: &Guest, at: usize, files: &[Vec<u8>], foreign: bool) -> Result<(), String> {
     walk(&files[0]).map_err(|e| format!("before it is opened: {e}"))?;
+    checker_agrees(&files[0])?;
     if foreign {
         qemu_agrees(files)?;
     }

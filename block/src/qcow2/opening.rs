@@ -13,7 +13,7 @@ use super::header::{self, Header};
 use super::inflate::Inflated;
 use super::l1::L1;
 use super::meta::Meta;
-use super::refcounts::Refcounts;
+use super::refcounts::{MAX_OFFSET, Refcounts};
 use super::slices::Slices;
 use crate::coalesce::Coalesced;
 use crate::driver::{Driver, OpenRequest, OptionValue};
@@ -175,7 +175,8 @@ impl Qcow2 {
         if header.snapshots > 0 {
             take("snapshot table", header.snapshots_offset, 1)?;
         }
-        for &block in counts.table.iter().filter(|&&block| block != 0 && block.is_multiple_of(size)) {
+        let in_range = |&&block: &&u64| block != 0 && block < MAX_OFFSET && block.is_multiple_of(size);
+        for &block in counts.table.iter().filter(in_range) {
             take("refcount block", block, size)?;
         }
         for (_, entry) in self.l1.tables(usize::MAX) {

@@ -23,7 +23,7 @@ const PAGE: u64 = 4096;
 /// Pages without changes that are kept: 4 MiB.
 const KEPT_PAGES: usize = 1024;
 /// Host offsets are below this (L1 and L2 entries have 56 bits).
-const MAX_OFFSET: u64 = 1 << 56;
+pub const MAX_OFFSET: u64 = 1 << 56;
 
 pub struct Refcounts {
     pub file: Arc<BlockNode>,
@@ -118,8 +118,14 @@ impl Refcounts {
     /// Offset in the file of page `page`, if its block exists.
     pub fn page_offset(&self, page: u64) -> Option<u64> {
         let pages = (1 << self.cluster_bits) / self.page_bytes();
-        let block = usize::try_from(page / pages).ok().and_then(|index| self.table.get(index)).copied()?;
-        (block != 0).then(|| block + page % pages * self.page_bytes())
+        self.block_of(page)?.checked_add(page % pages * self.page_bytes())
+    }
+
+    /// Offset of the block that page `page` is in, if it exists.
+    fn block_of(&self, page: u64) -> Option<u64> {
+        let pages = (1 << self.cluster_bits) / self.page_bytes();
+        let block = usize::try_from(page / pages).ok().and_then(|index| self.table.get(index)).copied();
+        block.filter(|&block| block != 0)
     }
 
     /// The content of a page that is in memory.
@@ -129,11 +135,11 @@ impl Refcounts {
 
     fn load(&mut self, page: u64) -> Result<&mut Box<[u8]>, Refused> {
         if !self.pages.contains_key(&page) {
-            let offset = self.page_offset(page).ok_or(Errno::IO).map_err(io::Error::from)?;
-            let block = offset - page * self.page_bytes() % (1 << self.cluster_bits);
+            let block = self.block_of(page).ok_or(Errno::IO).map_err(io::Error::from)?;
             if !block.is_multiple_of(1 << self.cluster_bits) || block >= MAX_OFFSET {
                 return Err(Refused::Corrupt(format!("Refblock offset {block:#x} unaligned"), block));
             }
+            let offset = self.page_offset(page).ok_or(Errno::IO).map_err(io::Error::from)?;
             let mut bytes = vec![0; usize::try_from(self.page_bytes()).unwrap_or(0)].into_boxed_slice();
             self.file.read_or_zero(&mut bytes, offset, Wait::Allowed)?;
             if self.pages.len() >= KEPT_PAGES + self.dirty_pages.len() + self.writing_pages.len() {
