@@ -8,7 +8,7 @@ mod support;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use block::ZeroFlags;
+use block::{Ask, Detail, Target, Wait, ZeroFlags};
 use support::guest::{ATOM, bytes_of, tags_of};
 use support::image::{KINDS, make};
 use support::recording::Journal;
@@ -139,4 +139,23 @@ fn threads_that_overlap_never_show_a_foreign_byte() {
         }
         assert!(made.open(&Journal::silent(), &files).unwrap().all().unwrap() == bytes_of(now));
     }
+}
+
+#[test]
+fn a_compressed_cluster_is_read_although_another_part_of_it_is_written_meanwhile() {
+    if !judge("a_compressed_cluster_is_read_although_another_part_of_it_is_written_meanwhile", "qemu-img") {
+        return;
+    }
+    let made = make(KINDS.iter().find(|kind| kind.name == "compressed").unwrap());
+    let (driver, _files) = made.driver(&Journal::silent(), &made.files).unwrap();
+    let ask = Ask { detail: Detail::Place, wait: Wait::Allowed };
+    let mapped = driver.map(0, ATOM as u64, ask).unwrap();
+    assert!(matches!(mapped.target, Target::Computed), "the reader has looked and not read yet");
+    let prepared = driver.prepare_write(1024, 512).unwrap();
+    let Target::Data { node, offset } = prepared.target else { panic!("{prepared:?}") };
+    node.write_growing(&[9; 512], offset, false).unwrap();
+    prepared.commit().unwrap();
+    let mut seen = [0; ATOM];
+    driver.read_computed(&mut seen, 0).unwrap();
+    assert_eq!(seen[..], bytes_of([made.tags[0]])[..]);
 }

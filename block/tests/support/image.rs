@@ -6,7 +6,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use block::{Alarm, BlockNode, Children, Graph, Host, NodeAccess, NodeSpec, OpenRequest, OptionValue, driver_named};
+use block::{
+    Alarm, BlockNode, Children, Driver, Graph, Host, NodeAccess, NodeSpec, OpenRequest, OptionValue, driver_named,
+};
 
 use super::guest::{ATOM, bytes_of};
 use super::recording::{Journal, recorded};
@@ -170,11 +172,14 @@ fn make_anew(kind: &Kind) -> Made {
     Made { kind: *kind, files, backing, tags, below }
 }
 
+/// What files hold, by number.
+pub type Contents = Vec<Arc<Mutex<Vec<u8>>>>;
+
 /// An open image over recorded files.
 pub struct Open {
     pub node: BlockNode,
     /// What the files hold.
-    pub files: Vec<Arc<Mutex<Vec<u8>>>>,
+    pub files: Contents,
 }
 
 impl Made {
@@ -183,6 +188,16 @@ impl Made {
     /// # Errors
     /// The driver's.
     pub fn open(&self, journal: &Arc<Journal>, files: &[Vec<u8>]) -> block::Result<Open> {
+        let (driver, files) = self.driver(journal, files)?;
+        let access = NodeAccess { writable: true, unmap: true };
+        Ok(Open { node: BlockNode::new("image", "qcow2", "image", access, driver), files })
+    }
+
+    /// The same without a node, and what the files hold.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn driver(&self, journal: &Arc<Journal>, files: &[Vec<u8>]) -> block::Result<(Box<dyn Driver>, Contents)> {
         let recorded: Vec<_> =
             files.iter().enumerate().map(|(at, content)| recorded(journal, at, content.clone())).collect();
         let mut children = Children::new();
@@ -208,9 +223,7 @@ impl Made {
             node_name: "image".into(),
             alarm: Alarm::default(),
         })?;
-        let access = NodeAccess { writable: true, unmap: true };
-        let node = BlockNode::new("image", "qcow2", "image", access, driver);
-        Ok(Open { node, files: recorded.into_iter().map(|(_, content)| content).collect() })
+        Ok((driver, recorded.into_iter().map(|(_, content)| content).collect()))
     }
 }
 
