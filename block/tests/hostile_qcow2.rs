@@ -280,26 +280,24 @@ fn dirty_and_corrupt_images_are_read() {
 }
 
 #[test]
-fn images_that_are_out_of_order_are_not_written() {
-    for (bits, reason) in [(1, "was not closed properly"), (2, "Image is corrupt; cannot be opened read/write")] {
-        let mut image = Image::new();
-        image.u64(72, bits);
-        let mut graph = Graph::new();
-        let access = NodeAccess { writable: true, unmap: true };
-        graph.add(NodeSpec { access, ..spec("file", image.file()) }).unwrap();
-        let node = NodeSpec {
-            name: Some("image".into()),
-            driver: "qcow2",
-            access,
-            host: None,
-            filename: String::new(),
-            children: [("file", "file".to_owned())].into(),
-            detached: BTreeSet::new(),
-            options: [].into(),
-        };
-        assert!(graph.add(node).unwrap_err().to_string().contains(reason));
-        assert!(graph.remove("file").is_ok(), "a node that was not made uses nothing");
-    }
+fn a_corrupt_image_is_not_written() {
+    let mut image = Image::new();
+    image.u64(72, 2);
+    let mut graph = Graph::new();
+    let access = NodeAccess { writable: true, unmap: true };
+    graph.add(NodeSpec { access, ..spec("file", image.file()) }).unwrap();
+    let node = NodeSpec {
+        name: Some("image".into()),
+        driver: "qcow2",
+        access,
+        host: None,
+        filename: String::new(),
+        children: [("file", "file".to_owned())].into(),
+        detached: BTreeSet::new(),
+        options: [].into(),
+    };
+    assert!(graph.add(node).unwrap_err().to_string().contains("Image is corrupt; cannot be opened read/write"));
+    assert!(graph.remove("file").is_ok(), "a node that was not made uses nothing");
 }
 
 /// Any one or many bytes changed: an answer, always, in bounded time and memory.

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use block::{BlockNode, OptionValue, Preallocation, ZeroFlags};
+use block::{BlockNode, OptionValue, Preallocation, Secret, ZeroFlags};
 use support::{Nodes, Random, in_memory, judge, name_in, read, run, text, to_disk};
 
 /// A kind of image.
@@ -80,10 +80,23 @@ const KINDS: &[Kind] = &[
     Kind { name: "compressed with zstd", options: "compression_type=zstd", start: Start::Compressed, ..PLAIN },
     Kind { name: "external data file", options: "data_file=DATA", ..PLAIN },
     Kind { name: "raw external data file", options: "data_file=DATA,data_file_raw=on", ..PLAIN },
+    Kind {
+        name: "encrypted",
+        options: "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,cluster_size=4096",
+        ..PLAIN
+    },
+    Kind {
+        name: "encrypted, extended L2",
+        options: "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,extended_l2=on",
+        ..PLAIN
+    },
     Kind { name: "lazy refcounts", options: "lazy_refcounts=on,cluster_size=4096", ..PLAIN },
     Kind { name: "preallocated", options: "preallocation=metadata", ..PLAIN },
     Kind { name: "discard without giving back", options: "cluster_size=32768", discard_no_unref: true, ..PLAIN },
 ];
+
+/// For qemu-img, the key of encrypted images.
+const KEY: &str = "secret,id=key,data=passphrase";
 
 /// An image in memory and what a guest should see.
 struct Model {
@@ -92,6 +105,7 @@ struct Model {
     backing: Option<File>,
     backing_format: &'static str,
     discard_no_unref: bool,
+    encrypted: bool,
     nodes: Nodes,
     node: Option<Arc<BlockNode>>,
     bytes: Vec<u8>,
@@ -107,6 +121,10 @@ fn make(kind: &Kind, dir: &Path) -> Model {
     let size = kind.size.to_string();
     let mut bytes = vec![0; usize::try_from(kind.size).unwrap()];
     let mut arguments = vec!["create", "-q", "-f", "qcow2", "-o", &options];
+    let encrypted = options.contains("encrypt");
+    if encrypted {
+        arguments.extend(["--object", KEY]);
+    }
     let backing_path = dir.join("backing");
     let backing_format = if kind.backing == Backing::Qcow2 { "qcow2" } else { "raw" };
     if kind.backing != Backing::None {
@@ -151,6 +169,7 @@ fn make(kind: &Kind, dir: &Path) -> Model {
         backing: (kind.backing != Backing::None).then(|| in_memory(&backing_path)),
         backing_format,
         discard_no_unref: kind.discard_no_unref,
+        encrypted,
         nodes: Nodes::new(),
         node: None,
         bytes,
@@ -176,7 +195,10 @@ impl Model {
         let mut children = vec![("file", file.as_str())];
         children.extend(data.as_deref().map(|data| ("data-file", data)));
         children.extend(backing.as_deref().map(|backing| ("backing", backing)));
-        let options = [("discard-no-unref", OptionValue::Bool(self.discard_no_unref))];
+        let mut options = vec![("discard-no-unref", OptionValue::Bool(self.discard_no_unref))];
+        if self.encrypted {
+            options.push(("encrypt", OptionValue::Secret(Secret::new(b"passphrase".to_vec()))));
+        }
         self.node = Some(self.nodes.format("qcow2", &children, true, &options).unwrap());
     }
 
@@ -229,7 +251,7 @@ impl Model {
                 let bytes: Vec<u8> = (start..end).map(|at| fill.wrapping_add((at >> 6) as u8)).collect();
                 match self.node().write_compressed(&bytes, start as u64) {
                     Ok(()) => self.bytes[start..end].copy_from_slice(&bytes),
-                    Err(e) => assert!(self.data.is_some() && e.raw_os_error() == Some(95), "{e}"),
+                    Err(e) => assert!((self.data.is_some() || self.encrypted) && e.raw_os_error() == Some(95), "{e}"),
                 }
             }
             73 if random.below(3) == 0 => self.snapshot(random),
@@ -275,22 +297,39 @@ impl Model {
     /// What a guest sees, and what qemu-img says.
     fn judge(self, dir: &Path) {
         assert!(read(self.node(), 0, self.bytes.len()).unwrap() == self.bytes);
-        let Model { image, data, node, nodes, bytes, kept, .. } = self;
+        let Model { image, data, node, nodes, bytes, kept, encrypted, .. } = self;
         drop((node, nodes));
         let (path, name) = name_in(dir, "image.qcow2");
         to_disk(&image, &path);
         if let Some(data) = data {
             to_disk(&data, &dir.join("data.raw"));
         }
-        run("qemu-img", &["check", "-q", &name]);
+        // An encrypted image is named together with its key.
+        let opened = format!("driver=qcow2,file.filename={name},encrypt.key-secret=key");
+        if encrypted {
+            run("qemu-img", &["check", "-q", "--object", KEY, "--image-opts", &opened]);
+        } else {
+            run("qemu-img", &["check", "-q", &name]);
+        }
         let expected = dir.join("expected.raw");
         std::fs::write(&expected, bytes).unwrap();
-        run("qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "raw", &name, text(&expected)]);
-        for (id, bytes) in kept {
-            std::fs::write(&expected, bytes).unwrap();
-            run("qemu-img", &["snapshot", "-a", &id, &name]);
-            run("qemu-img", &["check", "-q", &name]);
-            run("qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "raw", &name, text(&expected)]);
+        let plain = dir.join("plain.raw");
+        let compared = if encrypted {
+            let convert = ["convert", "--object", KEY, "--image-opts", "-O", "raw", &opened, text(&plain)];
+            run("qemu-img", &convert);
+            ["raw", text(&plain)]
+        } else {
+            ["qcow2", &name]
+        };
+        run("qemu-img", &["compare", "-q", "-f", compared[0], "-F", "raw", compared[1], text(&expected)]);
+        // qemu-img takes no key together with the choice of a snapshot.
+        for (id, bytes) in kept.into_iter().filter(|_| !encrypted) {
+            let (snapshot, kept) = (format!("snapshot.id={id}"), dir.join("kept.raw"));
+            run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", "-l", &snapshot, &name, text(&kept)]);
+            let kept = std::fs::read(&kept).unwrap();
+            // qemu-img shows a snapshot as large as the disk is now.
+            let len = kept.len().min(bytes.len());
+            assert!(kept[..len] == bytes[..len], "snapshot {id}");
         }
     }
 }

@@ -23,7 +23,7 @@ impl Qcow2 {
         let size = rules.cluster_size();
         let is_whole =
             buf.len() as u64 == size || (buf.len() as u64) < size && offset + buf.len() as u64 == self.size();
-        if rules.external_data || !offset.is_multiple_of(size) || !is_whole {
+        if rules.external_data || self.encryption.is_some() || !offset.is_multiple_of(size) || !is_whole {
             return Err(Errno::OPNOTSUPP.into());
         }
         let mut cluster = buf.to_vec();
@@ -74,7 +74,9 @@ impl Qcow2 {
             let prepared = self.prepare(offset, buf.len() as u64)?;
             let len = usize::try_from(prepared.len).unwrap_or(buf.len());
             match prepared.target {
-                Target::Data { node, offset: at } => node.write_growing(&buf[..len], at, false)?,
+                Target::Data { offset: at, .. } | Target::Encrypted { offset: at, .. } => {
+                    self.write_place(&buf[..len], at)?;
+                }
                 _ => return Err(Errno::IO.into()),
             }
             prepared.commit()?;

@@ -10,6 +10,8 @@
 //!  88 u64 autoclear features   96 u32 refcount order     100 u32 header length   104 u8 compression type
 //! ```
 
+use std::ops::Range;
+
 use crate::{BlockNode, Error, Result, Wait};
 
 /// First four bytes.
@@ -49,6 +51,9 @@ const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXT_DATA_FILE: u32 = 0x4441_5441;
+const EXT_LUKS: u32 = 0x0537_be77;
+/// Longest LUKS header: eight slots for the longest keys take 2 MiB.
+const MAX_LUKS: u64 = 16 << 20;
 
 /// How compressed clusters are compressed (qcow2.txt, "Compression type").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +98,8 @@ pub struct Header {
     pub backing_format: Option<String>,
     /// Untrusted text.
     pub data_file_name: Option<String>,
+    /// Bytes of the file where the LUKS header stands, of an encrypted image.
+    pub luks: Option<Range<u64>>,
 }
 
 impl Header {
@@ -140,15 +147,15 @@ impl Header {
         if refcount_order > 6 {
             return Err(Error::corrupt("Reference count entry width too large; may not exceed 64 bits"));
         }
-        match u32_at(&start, 32) {
-            0 => {}
-            1 => return Err(Error::unsupported("the image is encrypted with AES, which is broken and not supported")),
-            2 => {
-                return Err(Error::unsupported(
-                    "the image is encrypted with LUKS, which this version does not support",
-                ));
+        match (u32_at(&start, 32), &extensions.luks) {
+            (0, _) | (2, Some(_)) => {}
+            (1, _) => {
+                return Err(Error::unsupported("the image is encrypted with AES, which is broken and not supported"));
             }
-            other => return Err(Error::corrupt(format!("Unsupported encryption method {other}"))),
+            (2, None) => {
+                return Err(Error::corrupt("the image is encrypted with LUKS and says not where the LUKS header is"));
+            }
+            (other, _) => return Err(Error::corrupt(format!("Unsupported encryption method {other}"))),
         }
         let header = Header {
             version,
@@ -174,6 +181,7 @@ impl Header {
             backing_name: backing_name(&first_cluster, backing_offset, u32_at(&start, 16))?,
             backing_format: extensions.backing_format,
             data_file_name: extensions.data_file,
+            luks: extensions.luks.filter(|_| u32_at(&start, 32) == 2),
         };
         if header.extended_l2 && cluster_bits < 14 {
             return Err(Error::corrupt(format!(
@@ -182,6 +190,12 @@ impl Header {
         }
         if header.data_file_raw && !header.external_data {
             return Err(Error::corrupt("data-file-raw requires an external data file"));
+        }
+        if let Some(Range { start, end }) = header.luks {
+            if end - start > MAX_LUKS {
+                return Err(Error::corrupt(format!("LUKS header too large: {} bytes", end - start)));
+            }
+            header.check_table("LUKS header", start, end - start)?;
         }
         header.check_refcount_table(header.refcount_table_offset, header.refcount_table_clusters)?;
         header.check_snapshot_table(header.snapshots_offset, header.snapshots)?;
@@ -288,6 +302,7 @@ fn backing_name(first_cluster: &[u8], offset: u64, len: u32) -> Result<Option<St
 struct Extensions {
     backing_format: Option<String>,
     data_file: Option<String>,
+    luks: Option<Range<u64>>,
     /// Type (0 is incompatible), bit, name.
     feature_names: Vec<(u8, u8, String)>,
 }
@@ -320,6 +335,15 @@ impl Extensions {
                     return Err(Error::corrupt(format!("Data file name too long: {len} bytes")));
                 }
                 EXT_DATA_FILE => found.data_file = Some(text(data)),
+                EXT_LUKS => {
+                    let Some(place) = data.first_chunk::<16>().map(|place| (u64_at(place, 0), u64_at(place, 8))) else {
+                        return Err(Error::corrupt(format!("LUKS header extension too small: {len} bytes")));
+                    };
+                    let end = place.0.checked_add(place.1).filter(|_| place.1 > 0);
+                    let end =
+                        end.ok_or_else(|| Error::corrupt(format!("LUKS header offset invalid: {:#x}", place.0)))?;
+                    found.luks = Some(place.0..end);
+                }
                 EXT_FEATURE_NAMES => {
                     let names = data.as_chunks::<48>().0.iter().take(64 * 3);
                     found.feature_names = names

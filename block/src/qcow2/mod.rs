@@ -40,6 +40,7 @@ use crate::coalesce::Coalesced;
 use crate::driver::{
     Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OptionKind, OptionSpec, Prepared, Target, ZeroFlags,
 };
+use crate::encryption::Encryption;
 use crate::gate::{Gate, Hold};
 use crate::snapshot::Snapshots;
 use crate::{BlockNode, Preallocation, Result, Wait};
@@ -66,6 +67,11 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
             summary: "most bytes of L2 tables in memory, default 32 MiB",
         },
         OptionSpec {
+            name: "encrypt",
+            kind: OptionKind::LuksSecret,
+            summary: "how an encrypted image is decrypted: its format, luks, and the secret with its passphrase",
+        },
+        OptionSpec {
             name: "discard-no-unref",
             kind: OptionKind::Bool,
             summary: "discarded clusters keep their place in the file, so that it does not fragment",
@@ -86,6 +92,8 @@ pub(crate) struct Qcow2 {
     /// Where plain clusters are: the external data file, or `file`.
     data: Arc<BlockNode>,
     backing: Option<Arc<BlockNode>>,
+    /// Of what stands in plain clusters. The place in the file makes the sector's number.
+    encryption: Option<Encryption>,
     discard_no_unref: bool,
     alarm: Alarm,
     /// Bytes that a guest sees.
@@ -122,6 +130,28 @@ impl Qcow2 {
             (Some(_), false) => Ok(()),
             (Some(_), true) => Err(Errno::IO.into()),
             (None, _) => Err(Errno::ROFS.into()),
+        }
+    }
+
+    /// Guest bytes that stand at byte `offset` of the data file.
+    fn place(&self, offset: u64) -> Target<'_> {
+        match &self.encryption {
+            Some(encryption) => Target::Encrypted { node: &self.data, offset, encryption },
+            None => Target::Data { node: &self.data, offset },
+        }
+    }
+
+    fn read_place(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        match &self.encryption {
+            Some(encryption) => encryption.read(&self.data, buf, offset, Wait::Allowed),
+            None => self.data.read_or_zero(buf, offset, Wait::Allowed),
+        }
+    }
+
+    fn write_place(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        match &self.encryption {
+            Some(encryption) => encryption.write(&self.data, buf, offset, false),
+            None => self.data.write_growing(buf, offset, false),
         }
     }
 
@@ -181,7 +211,7 @@ impl Driver for Qcow2 {
             Kind::Zero => Target::Zero,
             Kind::Stored(cluster) => {
                 let inside = offset & (self.rules.cluster_size() - 1);
-                Target::Data { node: &self.data, offset: cluster + inside }
+                self.place(cluster + inside)
             }
             Kind::Compressed => Target::Computed,
             Kind::Invalid => {
@@ -273,7 +303,7 @@ impl Driver for Qcow2 {
         }
         Info {
             dirty: header.dirty,
-            encrypted: false,
+            encrypted: self.encryption.is_some(),
             allocated_size: self.file.info().allocated_size,
             cluster_size: Some(header.cluster_size()),
             backing_name: header.backing_name.clone(),

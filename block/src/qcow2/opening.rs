@@ -17,7 +17,9 @@ use super::refcounts::{MAX_OFFSET, Refcounts};
 use super::slices::Slices;
 use crate::coalesce::Coalesced;
 use crate::driver::{Driver, OpenRequest, OptionValue};
+use crate::encryption::Encryption;
 use crate::gate::Gate;
+use crate::luks;
 use crate::{BlockNode, Error, Result, Wait};
 
 /// Most bytes of L2 tables in memory, unless the caller says otherwise: QEMU's default.
@@ -48,6 +50,18 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
             return Err(Error::invalid("'data-file' can only be set for images with an external data file"));
         }
     };
+    let encryption = match (&header.luks, request.secret("encrypt")) {
+        (None, None) => None,
+        (Some(place), Some(secret)) => {
+            let read_at = |offset: u64, buf: &mut [u8]| file.read_or_zero(buf, place.start + offset, Wait::Allowed);
+            let volume = luks::open(&read_at, place.end - place.start, secret.bytes())?;
+            Some(Encryption::new(volume.cipher, 0))
+        }
+        (Some(_), None) => return Err(Error::invalid("Parameter 'encrypt.key-secret' is required for cipher")),
+        (None, Some(_)) => {
+            return Err(Error::invalid("No encryption in image header, but options specified format 'luks'"));
+        }
+    };
     let rules = Rules {
         cluster_bits: header.cluster_bits,
         version: header.version,
@@ -71,6 +85,7 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         file,
         data,
         backing,
+        encryption,
         discard_no_unref: request.options.get("discard-no-unref") == Some(&OptionValue::Bool(true)),
         alarm: request.alarm,
         writable: AtomicBool::new(false),
@@ -172,6 +187,9 @@ impl Qcow2 {
         take("header", 0, 1)?;
         take("refcount table", header.refcount_table_offset, u64::from(header.refcount_table_clusters) * size)?;
         take("L1 table", header.l1_offset, u64::from(header.l1_room) * 8)?;
+        if let Some(place) = &header.luks {
+            take("LUKS header", place.start, place.end - place.start)?;
+        }
         if header.snapshots > 0 {
             take("snapshot table", header.snapshots_offset, 1)?;
         }

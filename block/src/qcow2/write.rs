@@ -18,7 +18,7 @@ use super::meta::{MOST_DIRTY, Meta};
 use super::refcounts::Refused;
 use super::tables::Purpose;
 use crate::Wait;
-use crate::driver::{Pending, Prepared, Target, ZeroFlags};
+use crate::driver::{Pending, Prepared, ZeroFlags};
 
 /// Most bytes that one allocation covers: bounds what a crash can leak and what one flight keeps others from.
 const MOST_AT_ONCE: u64 = 8 << 20;
@@ -64,14 +64,14 @@ impl Qcow2 {
             if let Kind::Stored(cluster) = run.kind {
                 let unit_bits = self.rules.unit_bits();
                 let end = ((offset >> unit_bits) + run.units) << unit_bits;
-                let target = Target::Data { node: &self.data, offset: cluster + inside };
+                let target = self.place(cluster + inside);
                 return Ok(Prepared { target, len: len.min(end - offset), hold, pending: None });
             }
             // None: somebody else's allocation has made it an overwrite meanwhile.
             if let Some(allocation) = self.with_room(|meta| self.allocate(meta, offset, len))? {
                 allocation.fill()?;
                 let len = allocation.bytes.end - offset;
-                let target = Target::Data { node: &self.data, offset: allocation.place + inside };
+                let target = self.place(allocation.place + inside);
                 return Ok(Prepared { target, len, hold, pending: Some(Box::new(allocation)) });
             }
         }
@@ -184,7 +184,7 @@ impl Qcow2 {
                 _ => return Ok(false),
             },
             Kind::Zero => return Ok(false),
-            Kind::Stored(place) => self.data.read_or_zero(buf, place + inside, Wait::Allowed)?,
+            Kind::Stored(place) => self.read_place(buf, place + inside)?,
             Kind::Compressed => {
                 let cluster = self.inflate(entry)?;
                 let inside = usize::try_from(inside).unwrap_or(usize::MAX);
@@ -248,8 +248,9 @@ impl Allocation<'_> {
         let mut content = vec![0; usize::try_from(part.end - part.start).unwrap_or(0)];
         let place = self.place + (part.start - (self.clusters.start << self.rules().cluster_bits));
         let data = &self.image.data;
-        if self.image.read_old(old, part.start, &mut content)? {
-            return data.write_growing(&content, place, false);
+        // Zeroes must be written encrypted: what is not written decrypts to noise.
+        if self.image.read_old(old, part.start, &mut content)? || self.image.encryption.is_some() {
+            return self.image.write_place(&content, place);
         }
         // What lies past the end of the file reads as zeroes already.
         let there = data.len().saturating_sub(place).min(part.end - part.start);
