@@ -87,6 +87,7 @@ pub fn serve(
         }
         wake.clear();
         daemon.reap_exports();
+        daemon.hear_alarms();
         daemon.ask_for_sockets();
         daemon.jobs.reap();
         daemon.expire_leases();

@@ -5,6 +5,7 @@
 //! then on [`control`] is the one thread that owns the state ([`state::Daemon`]); its [`monitor`]s bring commands, which
 //! stand in one table ([`commands`]); exports answer their clients on threads of their own.
 
+mod alarms;
 mod authz;
 mod background;
 mod command_line;

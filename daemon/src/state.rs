@@ -12,6 +12,7 @@ use fdset::{Added, FdPolicy, FdSets, Keeper, Lifetime, Peer, Provenance, Role, S
 use qmp::{Error, NamedFds};
 use serde_json::{Value, json};
 
+use crate::alarms::Alarms;
 use crate::exports::Exports;
 use crate::jobs::Jobs;
 use crate::ledger::Ledger;
@@ -70,6 +71,8 @@ pub struct Daemon {
     pub fdset_events: FdsetEvents,
     /// The nodes.
     pub graph: Graph,
+    /// What drivers found wrong with images.
+    alarms: Alarms,
     /// The exports.
     pub exports: Exports,
     /// Who tells scrapers.
@@ -102,6 +105,7 @@ impl Daemon {
         let fdsets = Arc::new(FdSets::with(settings));
         // What the command line passes belongs to no client that could leave.
         let keeper = fdsets.keeper(Lifetime::Explicit);
+        let alarms = Alarms::default();
         let mut ledger = Ledger::default();
         for (stream, what) in ["standard input", "standard output", "standard error"].into_iter().enumerate() {
             ledger.enter(i32::try_from(stream).unwrap_or(0), what);
@@ -113,7 +117,8 @@ impl Daemon {
             policy: settings.policy,
             wants: Wants::default(),
             fdset_events: FdsetEvents::default(),
-            graph: Graph::new(),
+            graph: Graph::with_alarm(alarms.alarm(Arc::clone(&wake))),
+            alarms,
             exports: Exports::new(Arc::clone(&wake)),
             remotes: Remotes::new(Arc::clone(&wake)),
             metrics: Metrics::default(),
@@ -215,6 +220,11 @@ impl Daemon {
         for node in self.remotes.take_lost() {
             self.events.push(("BLOCK_NBD_DISCONNECTED", json!({ "node-name": node })));
         }
+    }
+
+    /// Says what drivers found wrong with images.
+    pub fn hear_alarms(&mut self) {
+        self.events.extend(self.alarms.take().into_iter().map(|found| ("BLOCK_IMAGE_CORRUPTED", found)));
     }
 
     /// Lets go of exports that have ended, and says so.

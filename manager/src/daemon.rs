@@ -98,6 +98,16 @@ impl Daemon {
             .map_err(|source| Error::Daemon { command: command.to_owned(), source })
     }
 
+    /// Waits for the next event: its name and what it tells.
+    ///
+    /// # Errors
+    /// The daemon has gone.
+    pub fn next_event(&mut self) -> Result<(String, Value)> {
+        let event = self.client.wait_event();
+        let event = event.map_err(|source| Error::Daemon { command: "waiting for an event".into(), source })?;
+        Ok((event.name, event.data))
+    }
+
     /// A descriptor that is readable once the daemon has ended.
     ///
     /// # Errors

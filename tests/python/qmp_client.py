@@ -68,6 +68,11 @@ async def main(path, disk, nbd):
         await run("block-export-del", {"id": "e"})
         event = await deleted.get()
         assert event["data"] == {"id": "e"}, event
+    await refused(qmp, "block_resize", {"node-name": "none", "size": 512}, "Cannot find device")
+    for command in ("blockdev-snapshot-internal-sync", "blockdev-snapshot-delete-internal-sync"):
+        await refused(qmp, command, {"device": "n", "name": "s"}, "does not support internal snapshots")
+        tried.add(command)
+    tried.add("block_resize")
     await run("nbd-server-add", {"device": "n"})
     await run("nbd-server-remove", {"name": "n"})
     await run("nbd-server-stop")

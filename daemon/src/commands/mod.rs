@@ -16,10 +16,12 @@ mod node_query;
 mod objects;
 mod options;
 mod reopen;
+mod resize;
+mod snapshot;
 mod statistics;
 mod vhost_user;
 
-use qmp::{Arguments, Command, Definition, Event, Table, Version};
+use qmp::{Arguments, Command, Definition, Event, Member, Table, Type, Version};
 use serde_json::Value;
 
 use crate::state::Daemon;
@@ -44,6 +46,7 @@ pub fn table() -> Table<Daemon> {
         objects::types(),
         nbd_server::types(),
         node_query::types(),
+        snapshot::types(),
         statistics::types(),
         vhost_user::types(),
     ]
@@ -60,13 +63,31 @@ pub fn table() -> Table<Daemon> {
     commands.extend(jobs::commands());
     commands.extend(ledger::commands());
     commands.extend(objects::commands());
+    commands.extend(resize::commands());
+    commands.extend(snapshot::commands());
     commands.extend(statistics::commands());
     commands.extend(metrics::commands());
     Table::new(version, types, commands, events()).expect("the table is consistent: a test builds it")
 }
 
 fn events() -> Vec<Event> {
-    [vec![export::deleted_event(), jobs::status_event(), nbd_node::event()], fdset::events()].concat()
+    [vec![export::deleted_event(), jobs::status_event(), nbd_node::event(), corrupted_event()], fdset::events()]
+        .concat()
+}
+
+fn corrupted_event() -> Event {
+    Event::new(
+        "BLOCK_IMAGE_CORRUPTED",
+        [
+            Member::required("device", Type::Str, "Always empty: there are no devices here."),
+            Member::optional("node-name", Type::Str, "The node."),
+            Member::required("msg", Type::Str, "What is wrong, for people."),
+            Member::optional("offset", Type::Int, "Byte of the host's file where it is wrong."),
+            Member::optional("size", Type::Int, "For how many bytes."),
+            Member::required("fatal", Type::Bool, "Whether the image cannot be written any more."),
+        ],
+        "An image was found damaged.",
+    )
 }
 
 fn quit(daemon: &mut Daemon, _: qmp::Call<'_>) -> Result<Value, qmp::Error> {
