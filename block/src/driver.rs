@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use sys::file::Wait;
 
 use crate::alarm::Alarm;
+use crate::bitmap::Bitmaps;
 use crate::claims::{Demand, Writes};
 use crate::encryption::Encryption;
 use crate::gate::Hold;
@@ -420,6 +421,27 @@ pub trait Driver: Send + Sync {
     /// The snapshots that the image keeps, for formats that can.
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         None
+    }
+
+    /// The node's bitmaps, for a format that can store them in the image.
+    fn bitmaps(&self) -> Option<&Arc<Bitmaps>> {
+        None
+    }
+
+    /// Whether one more bitmap, of this name and granularity, can be stored in the image.
+    ///
+    /// # Errors
+    /// It cannot: QEMU's words.
+    fn check_new_bitmap(&self, _name: &str, _granularity_bits: u32) -> Result<()> {
+        Err(Error::unsupported("Cannot store dirty bitmaps"))
+    }
+
+    /// Takes a bitmap out of the image, if it stands there.
+    ///
+    /// # Errors
+    /// The image is read-only; `Io`.
+    fn remove_stored_bitmap(&self, _name: &str) -> Result<()> {
+        Ok(())
     }
 
     /// Brings the image in order for its end or for reading only: nothing that is in memory alone is lost, and marks of being in

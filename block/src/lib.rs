@@ -9,6 +9,7 @@
 //! Nothing here opens a file: the `file` driver takes a descriptor, every other driver takes nodes.
 
 mod alarm;
+pub mod bitmap;
 mod blocks;
 mod claims;
 mod coalesce;

@@ -3,11 +3,13 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::io::Errno;
 use sys::file::{self, Wait};
 
+use crate::bitmap::{self, Bitmaps};
 use crate::driver::{Ask, Detail, Driver, Info, Mapping, Target, ZeroFlags};
 use crate::stats::Stats;
 use crate::{Error, Preallocation, Result, Snapshots};
@@ -25,6 +27,7 @@ pub struct BlockNode {
     stats: Stats,
     /// The end of the write that went furthest.
     furthest: AtomicU64,
+    bitmaps: Arc<Bitmaps>,
     driver: Box<dyn Driver>,
 }
 
@@ -80,6 +83,7 @@ impl BlockNode {
             unmap: AtomicBool::new(access.unmap),
             stats: Stats::default(),
             furthest: AtomicU64::new(0),
+            bitmaps: driver.bitmaps().cloned().unwrap_or_default(),
             driver,
         }
     }
@@ -125,6 +129,33 @@ impl BlockNode {
     /// The end of the write that went furthest, in bytes; writes of nodes above count.
     pub fn furthest_write(&self) -> u64 {
         self.furthest.load(Ordering::Relaxed)
+    }
+
+    /// Its dirty bitmaps.
+    pub fn bitmaps(&self) -> &Bitmaps {
+        &self.bitmaps
+    }
+
+    /// Whether one more bitmap can be stored in the image.
+    ///
+    /// # Errors
+    /// It cannot: QEMU's words.
+    pub fn check_new_bitmap(&self, name: &str, granularity_bits: u32) -> Result<()> {
+        if self.driver.bitmaps().is_none() {
+            return Err(Error::unsupported(format!(
+                "Can't store persistent bitmaps to {}: Operation not supported",
+                self.name
+            )));
+        }
+        self.driver.check_new_bitmap(name, granularity_bits)
+    }
+
+    /// Takes a bitmap out of the image, if it stands there.
+    ///
+    /// # Errors
+    /// The image is read-only; `Io`.
+    pub fn remove_stored_bitmap(&self, name: &str) -> Result<()> {
+        self.driver.remove_stored_bitmap(name)
     }
 
     /// Size in bytes.
@@ -211,9 +242,16 @@ impl BlockNode {
         self.write(buf, offset, durable)
     }
 
-    fn write_checked(&self, mut buf: &[u8], mut offset: u64, durable: bool) -> io::Result<()> {
-        let mut flush = false;
+    fn write_checked(&self, buf: &[u8], offset: u64, durable: bool) -> io::Result<()> {
         self.reaches(offset + buf.len() as u64);
+        let written = self.write_pieces(buf, offset, durable);
+        // Also of a failure: perhaps a part was written.
+        self.bitmaps.mark(offset, buf.len() as u64);
+        written
+    }
+
+    fn write_pieces(&self, mut buf: &[u8], mut offset: u64, durable: bool) -> io::Result<()> {
+        let mut flush = false;
         while !buf.is_empty() {
             let prepared = self.driver.prepare_write(offset, buf.len() as u64)?;
             let (piece, rest) = buf.split_at(bounded(prepared.len, buf.len())?);
@@ -254,7 +292,9 @@ impl BlockNode {
     /// As [`BlockNode::write`]; `EOPNOTSUPP` for formats without compression.
     pub fn write_compressed(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         self.check_write(offset, buf.len() as u64)?;
-        self.driver.write_compressed(buf, offset)
+        let written = self.driver.write_compressed(buf, offset);
+        self.bitmaps.mark(offset, buf.len() as u64);
+        written
     }
 
     /// Makes a range read as zeroes; with `durable` that is on stable storage on return.
@@ -276,7 +316,9 @@ impl BlockNode {
             self.write_zero_data(part)?;
         }
         if !whole.is_empty() {
-            match self.driver.write_zeroes(whole.start, whole.end - whole.start, flags) {
+            let zeroed = self.driver.write_zeroes(whole.start, whole.end - whole.start, flags);
+            self.bitmaps.mark(whole.start, whole.end - whole.start);
+            match zeroed {
                 Err(e) if is_unsupported(&e) && !flags.fast_only => self.write_zero_data(whole)?,
                 other => other?,
             }
@@ -317,7 +359,9 @@ impl BlockNode {
         if whole.is_empty() || !self.unmap.load(Ordering::Relaxed) {
             return Ok(());
         }
-        self.driver.discard(whole.start, whole.end - whole.start)
+        let discarded = self.driver.discard(whole.start, whole.end - whole.start);
+        self.bitmaps.mark(whole.start, whole.end - whole.start);
+        discarded
     }
 
     /// Makes the node `len` bytes long, as [`Driver::resize`] says.
@@ -331,7 +375,20 @@ impl BlockNode {
         if i64::try_from(len).is_err() {
             return Err(Error::invalid(format!("The size must be less than 2^63 bytes, not {len}")));
         }
-        self.driver.resize(len, preallocation)
+        for bitmap in self.bitmaps.list() {
+            if bitmap.is_busy() {
+                return Err(Error::invalid(format!(
+                    "Bitmap '{}' is currently in use by another operation and cannot be used",
+                    bitmap.name()
+                )));
+            }
+            if len.div_ceil(bitmap.granularity()) > bitmap::MOST_BITS {
+                return Err(Error::invalid(format!("bitmap '{}' is too fine for {len} bytes", bitmap.name())));
+            }
+        }
+        self.driver.resize(len, preallocation)?;
+        self.bitmaps.resize(len);
+        Ok(())
     }
 
     /// The snapshots that the image keeps.

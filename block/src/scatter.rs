@@ -92,9 +92,16 @@ impl BlockNode {
         self.write_scattered(from, offset, durable)
     }
 
-    fn write_scattered_checked(&self, from: &[Slice<'_>], mut offset: u64, durable: bool) -> io::Result<()> {
+    fn write_scattered_checked(&self, from: &[Slice<'_>], offset: u64, durable: bool) -> io::Result<()> {
         let len = scatter::len(from);
         self.reaches(offset + len as u64);
+        let written = self.write_scattered_pieces(from, offset, durable);
+        self.bitmaps().mark(offset, len as u64);
+        written
+    }
+
+    fn write_scattered_pieces(&self, from: &[Slice<'_>], mut offset: u64, durable: bool) -> io::Result<()> {
+        let len = scatter::len(from);
         let mut flush = false;
         let mut done = 0;
         while done < len {
@@ -125,7 +132,7 @@ impl BlockNode {
                 Target::Zero | Target::Absent => return Err(Errno::IO.into()),
             }
             prepared.commit()?;
-            flush |= durable && !in_place;
+            flush |= durable && !(in_place && self.driver().is_settled());
             offset += piece as u64;
             done += piece;
         }

@@ -38,6 +38,7 @@ const KNOWN: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
 /// A compatible feature bit.
 const LAZY_REFCOUNTS: u64 = 1 << 0;
 /// Autoclear feature bits.
+pub const BITMAPS: u64 = 1 << 0;
 pub const DATA_FILE_RAW: u64 = 1 << 1;
 
 /// Limits, as in QEMU.

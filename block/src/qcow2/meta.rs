@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::bitmaps::Stored;
 use super::entry::L1Entry;
 use super::refcounts::{Refcounts, Refused};
 
@@ -38,6 +39,10 @@ pub struct Meta {
     /// Internal snapshots, and where their table stands.
     pub snapshots: u32,
     pub snapshots_offset: u64,
+    /// The autoclear features that the header has now.
+    pub autoclear: u64,
+    /// What of the bitmaps stands on disk.
+    pub bitmaps: Stored,
     /// Guest clusters whose room is being filled.
     pub flights: Vec<Range<u64>>,
     /// Host bytes that the mapping in memory does not name any more, while the one on disk still does.

@@ -10,9 +10,12 @@
 //! [`header`] has every rule by which an image is refused, [`entry`] the bits of the tables, [`inflate`] compressed clusters.
 //! Names that the image holds are never followed.
 
+mod bitmap_directory;
+mod bitmaps;
 pub(crate) mod check;
 mod compress;
 mod entry;
+mod extension;
 mod flush;
 pub(crate) mod header;
 mod inflate;
@@ -35,6 +38,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use rustix::io::Errno;
 
 use crate::alarm::{Alarm, Corruption};
+use crate::bitmap::Bitmaps;
 use crate::claims::Writes;
 use crate::coalesce::Coalesced;
 use crate::driver::{
@@ -106,6 +110,8 @@ pub(crate) struct Qcow2 {
     writable: AtomicBool,
     /// Whether the image was found damaged while it was written: no more writing.
     damaged: AtomicBool,
+    /// Those of the node; the persistent ones are stored at the end.
+    bitmaps: Arc<Bitmaps>,
     /// Requests that look at the mapping or use what they saw.
     gate: Gate,
     meta: Mutex<Meta>,
@@ -272,6 +278,18 @@ impl Driver for Qcow2 {
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         Some(self)
+    }
+
+    fn bitmaps(&self) -> Option<&Arc<Bitmaps>> {
+        Some(&self.bitmaps)
+    }
+
+    fn check_new_bitmap(&self, name: &str, granularity_bits: u32) -> Result<()> {
+        Qcow2::check_new_bitmap(self, name, granularity_bits)
+    }
+
+    fn remove_stored_bitmap(&self, name: &str) -> Result<()> {
+        Qcow2::remove_stored_bitmap(self, name)
     }
 
     fn close(&self) -> io::Result<()> {

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};
@@ -90,12 +91,14 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         alarm: request.alarm,
         writable: AtomicBool::new(false),
         damaged: AtomicBool::new(false),
+        bitmaps: Arc::default(),
         gate: Gate::default(),
         meta: Mutex::new(Meta { l1_room, snapshots, snapshots_offset, ..Meta::default() }),
         landed: Condvar::new(),
         flushes: Coalesced::default(),
         writing_back: Mutex::new(()),
     };
+    image.load_bitmaps(&image.header)?;
     if request.writable {
         image.begin_writing()?;
     }
@@ -119,6 +122,7 @@ impl Qcow2 {
     pub fn begin_writing(&self) -> Result<()> {
         // Tables may have moved since the image was opened.
         let header = &Header::read(&self.file)?;
+        let (mut bitmaps, bitmap_places) = self.bitmaps_on_disk(header)?;
         let mut meta = self.meta();
         if header.corrupt || meta.corrupt {
             return Err(Error::unsupported("qcow2: Image is corrupt; cannot be opened read/write"));
@@ -135,13 +139,17 @@ impl Qcow2 {
         let table = table.into_iter().map(|entry| entry & !0x1ff).collect();
         let (order, offset) = (header.refcount_order, header.refcount_table_offset);
         let mut counts = Refcounts::new(Arc::clone(&self.file), header.cluster_bits, order, table, offset);
-        counts.metadata = self.metadata(header, &counts)?;
+        counts.metadata = self.metadata(header, &counts, &bitmap_places)?;
         // What others keep in step with the data is out of step as soon as we write.
-        let kept = header.autoclear & header::DATA_FILE_RAW;
+        let kept =
+            header.autoclear & (header::DATA_FILE_RAW | if bitmaps.directory.is_some() { header::BITMAPS } else { 0 });
         if kept != header.autoclear {
             let cleared = self.file.write(&kept.to_be_bytes(), header::AT_AUTOCLEAR, false);
             cleared.and_then(|()| self.file.flush()).map_err(|e| Error::io("write the qcow2 header", e))?;
         }
+        meta.autoclear = kept;
+        self.use_bitmaps(&mut bitmaps).map_err(|e| Error::io("mark the bitmaps as in use", e))?;
+        meta.bitmaps = bitmaps;
         meta.refcounts = Some(counts);
         // Slices that are in memory were not looked at as closely as those to come.
         self.slices.clear();
@@ -164,13 +172,15 @@ impl Qcow2 {
         }
         self.write_back()?;
         drop(self.gate.close());
+        let stored = self.store_bitmaps();
         // Once for what became free, and once more if that was more than one round takes.
         self.write_back()?;
-        self.write_back()
+        self.write_back()?;
+        stored
     }
 
     /// Clusters where metadata stands. Two tables in one place mean that the image is damaged.
-    fn metadata(&self, header: &Header, counts: &Refcounts) -> Result<HashSet<u64>> {
+    fn metadata(&self, header: &Header, counts: &Refcounts, bitmaps: &[Range<u64>]) -> Result<HashSet<u64>> {
         let size = self.rules.cluster_size();
         let bits = self.rules.cluster_bits;
         let mut taken = HashSet::new();
@@ -192,6 +202,9 @@ impl Qcow2 {
         }
         if header.snapshots > 0 {
             take("snapshot table", header.snapshots_offset, 1)?;
+        }
+        for place in bitmaps {
+            take("bitmap", place.start, place.end - place.start)?;
         }
         let in_range = |&&block: &&u64| block != 0 && block < MAX_OFFSET && block.is_multiple_of(size);
         for &block in counts.table.iter().filter(in_range) {

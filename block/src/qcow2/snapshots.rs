@@ -200,6 +200,9 @@ impl Qcow2 {
             self.l1.set(index, L1Entry(l1.get(index).copied().unwrap_or(0)));
         }
         self.size.store(size, Ordering::Relaxed);
+        // All of the disk may be another than it was.
+        self.bitmaps.resize(size);
+        self.bitmaps.mark(0, size);
         self.slices.clear();
         {
             let mut meta = self.meta();
