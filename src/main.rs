@@ -4,8 +4,10 @@
 
 mod demo;
 mod fdsets;
+mod img;
 mod nbd;
 mod nbd_client;
+mod publish;
 mod serve;
 mod table;
 mod top;
@@ -44,6 +46,12 @@ enum Verb {
     /// Serve a disk image over NBD with qemu-nbd's options (see `doorless nbd --help`).
     #[command(disable_help_flag = true)]
     Nbd(Rest),
+    /// Image verbs with qemu-img's options, run confined (see `doorless img --help`).
+    #[command(disable_help_flag = true)]
+    Img(Rest),
+    /// Give a file its final name once it is whole. For the manager's use.
+    #[command(hide = true)]
+    Publish { temporary: PathBuf, path: PathBuf },
     /// Unmount a file of `serve --fuse` when standard input ends. For the manager's use.
     #[command(hide = true)]
     Unmount(UnmountOptions),
@@ -111,6 +119,7 @@ fn main() -> ExitCode {
         Some(name @ "qemu-storage-daemon") => {
             (name, daemon::run(STORAGE_DAEMON, arguments).map(|()| ExitCode::SUCCESS).map_err(Into::into))
         }
+        Some(name @ "qemu-img") => (name, img::run("qemu-img", arguments.collect())),
         Some(name @ "qemu-nbd") => (name, nbd::run("qemu-nbd", arguments.collect())),
         _ => ("doorless", run(CommandLine::parse().verb)),
     };
@@ -127,10 +136,12 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Top(options) => top::run(&options)?,
         Verb::Demo(options) => return demo::run(&options),
         Verb::Daemon(Rest { arguments }) => daemon::run(DAEMON, arguments)?,
+        Verb::Img(Rest { arguments }) => return img::run("doorless img", arguments),
+        Verb::Publish { temporary, path } => publish::finish(&temporary, &path)?,
         Verb::Nbd(Rest { arguments }) => return nbd::run("doorless nbd", arguments),
         Verb::Unmount(UnmountOptions { mountpoint, tree }) => manager::fuse::unmount_when_abandoned(&mountpoint, tree)?,
         Verb::Inspect(InspectOptions { format, confinement }) => {
-            img::inspect::run(format.as_deref(), confinement.confine == "best-effort")?;
+            ::img::inspect::run(format.as_deref(), confinement.confine == "best-effort")?;
         }
     }
     Ok(ExitCode::SUCCESS)

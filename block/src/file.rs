@@ -160,6 +160,9 @@ impl Driver for File {
 
     fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
         let now = self.len();
+        if preallocation == Preallocation::Metadata {
+            return Err(Error::unsupported("Unsupported preallocation mode: metadata"));
+        }
         if !self.regular {
             return if len <= now {
                 Ok(())
@@ -200,6 +203,8 @@ impl Driver for File {
 pub enum Preallocation {
     /// Not at all: it is a hole.
     Off,
+    /// The format says where everything will be, in holes of the file. A file without a format has no such thing.
+    Metadata,
     /// The file system promises it.
     Allocate,
     /// Zeroes are written.
@@ -238,6 +243,7 @@ fn set_aside(fd: BorrowedFd<'_>, range: Range<u64>, preallocation: Preallocation
                 .map_err(|e| Error::io("set room for the file aside", e.into()))
         }
         Preallocation::Full => fill(fd, range).map_err(|e| Error::io("write zeroes", e)),
+        Preallocation::Metadata => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
         Preallocation::Off | Preallocation::Allocate => Ok(()),
     }
 }

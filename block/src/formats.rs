@@ -1,14 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What can be done to an image that nobody has open: check it and repair it.
+//! What can be done to an image that nobody has open: make it, check it, repair it.
 //!
 //! Like [opening](crate::DRIVERS), it takes nodes and opens nothing.
 
 use std::sync::Arc;
 
-use crate::{BlockNode, Error, ErrorKind, Result, qcow2};
+use crate::driver::{OptionKind, OptionSpec, OptionValue, Options};
+use crate::{BlockNode, Error, ErrorKind, Preallocation, Result, qcow2};
 
 /// Every format of which an image can be more than opened, one line each.
-pub const FORMATS: &[Format] = &[Format { name: "qcow2", check: Some(qcow2::check::check) }];
+pub const FORMATS: &[Format] = &[
+    Format {
+        name: "qcow2",
+        create_options: qcow2::create::OPTIONS,
+        create: qcow2::create::create,
+        check: Some(qcow2::check::check),
+        amend: Some(qcow2::amend::amend),
+    },
+    Format { name: "raw", create_options: RAW_OPTIONS, create: create_raw, check: None, amend: None },
+];
+
+const RAW_OPTIONS: &[OptionSpec] =
+    &[OptionSpec { name: "preallocation", kind: OptionKind::Str, summary: "off, falloc or full" }];
 
 /// The format called `name`, exactly.
 pub fn format_named(name: &str) -> Option<&'static Format> {
@@ -21,13 +34,83 @@ pub type Say<'a> = &'a mut dyn FnMut(&str);
 /// Looks for damage.
 pub type Check = fn(&Arc<BlockNode>, Repair, Say<'_>) -> Result<CheckReport>;
 
+/// Changes options of an image that is there.
+pub type Amend = fn(&Arc<BlockNode>, &Options) -> Result<()>;
+
 /// What a format can do.
 #[derive(Debug)]
 pub struct Format {
     /// The name of its driver.
     pub name: &'static str,
+    /// What can be said about an image to be made, with the names of `qemu-img create -o`.
+    pub create_options: &'static [OptionSpec],
+    /// Makes an image.
+    pub create: fn(&CreateRequest) -> Result<()>,
     /// Looks for damage in the image in a node, which is writable and nobody else's if something is to be repaired.
     pub check: Option<Check>,
+    /// Changes what an image says of itself; options as in `create_options`.
+    pub amend: Option<Amend>,
+}
+
+/// An image to be made.
+pub struct CreateRequest {
+    /// Where; what is there is lost. Writable, and nobody else's.
+    pub file: Arc<BlockNode>,
+    /// Where its data goes, if it is to have an external data file.
+    pub data_file: Option<Arc<BlockNode>>,
+    /// Bytes of the guest's disk, a multiple of 512.
+    pub size: u64,
+    /// By the names of [`Format::create_options`], of the types that stand there.
+    pub options: Options,
+}
+
+/// Makes an image of format `format`. The options of [`CreateRequest`] were checked against the format's.
+///
+/// # Errors
+/// The format cannot be made; options that contradict each other or are out of range, in QEMU's words; those of the host.
+pub fn create(format: &str, request: &CreateRequest) -> Result<()> {
+    let Some(found) = format_named(format) else {
+        return Err(Error::unsupported(format!("Format driver '{format}' does not support image creation")));
+    };
+    (found.create)(request)
+}
+
+/// Changes options of the image of format `format` in `file`, which is writable and nobody else's.
+///
+/// # Errors
+/// The format or this image cannot change them; QEMU's words where it has some.
+pub fn amend(file: &Arc<BlockNode>, format: &str, options: &Options) -> Result<()> {
+    let Some(amend) = format_named(format).and_then(|format| format.amend) else {
+        return Err(Error::unsupported(format!("Format driver '{format}' does not support option amendment")));
+    };
+    amend(file, options)
+}
+
+fn create_raw(request: &CreateRequest) -> Result<()> {
+    let preallocation = match request.options.get("preallocation") {
+        Some(OptionValue::Str(mode)) => preallocation_named(mode)?,
+        _ => Preallocation::Off,
+    };
+    if preallocation == Preallocation::Metadata {
+        return Err(Error::unsupported("Unsupported preallocation mode: metadata"));
+    }
+    request.file.resize(0, Preallocation::Off)?;
+    request.file.resize(request.size, preallocation)?;
+    request.file.flush().map_err(|e| Error::io("write the image", e))
+}
+
+/// The mode of QAPI's `PreallocMode`.
+///
+/// # Errors
+/// QEMU's words for a mode that does not exist.
+pub fn preallocation_named(mode: &str) -> Result<Preallocation> {
+    match mode {
+        "off" => Ok(Preallocation::Off),
+        "metadata" => Ok(Preallocation::Metadata),
+        "falloc" => Ok(Preallocation::Allocate),
+        "full" => Ok(Preallocation::Full),
+        _ => Err(Error::invalid(format!("Parameter 'preallocation' does not accept value '{}'", mode.escape_debug()))),
+    }
 }
 
 /// What a check puts right.

@@ -26,6 +26,7 @@ mod inspect;
 pub mod luks;
 mod nbd;
 mod node;
+mod place;
 mod qcow2;
 mod raw;
 mod scatter;
@@ -44,12 +45,16 @@ pub use driver::{
 pub use encryption::Encryption;
 pub use error::{Error, ErrorKind, Result};
 pub use file::{Preallocation, create as create_file, host_driver};
-pub use formats::{CheckReport, FORMATS, Format, Repair, Say, check, format_named};
+pub use formats::{
+    Amend, Check, CheckReport, CreateRequest, FORMATS, Format, Repair, Say, amend, check, create, format_named,
+    preallocation_named,
+};
 pub use gate::{Closed, Gate, Hold};
 pub use graph::{Edge, Graph, NodeSpec, id_is_well_formed};
 pub use host::{Descriptor, Host, Lost, Opener};
 pub use inspect::{Inspection, inspect};
 pub use node::{BlockNode, Extent, ExtentKind, NodeAccess};
+pub use place::Place;
 pub use secret::Secret;
 pub use snapshot::{Snapshot, Snapshots};
 pub use sys::file::Wait;

@@ -9,6 +9,8 @@ pub enum Role {
     Daemon,
     /// Read an image from a descriptor and answer on another.
     Inspector,
+    /// Read and write images that were opened before, on several threads, and answer on standard output.
+    Tool,
 }
 
 /// A layer of confinement.

@@ -182,5 +182,6 @@ pub fn of(role: crate::Role) -> &'static [&'static [Allowed]] {
     match role {
         crate::Role::Daemon => &[RUNTIME, READING, WRITING, SOCKETS, EVENTS],
         crate::Role::Inspector => &[RUNTIME, READING],
+        crate::Role::Tool => &[RUNTIME, READING, WRITING],
     }
 }

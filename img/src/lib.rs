@@ -1,4 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Image verbs. Every parse of an image happens in a process that has confined itself first.
+//! Image verbs. Every parse of an image happens in a process that has confined itself first: a verb takes files that were opened
+//! before, gives up every way to open more, and only then looks into them.
 
+pub mod amend;
+pub mod check;
+pub mod compare;
+pub mod convert;
+pub mod create;
+pub mod disk;
+pub mod info;
 pub mod inspect;
+pub mod map;
+pub mod measure;
+pub mod options;
+mod progress;
+pub mod resize;
+pub mod tool;

@@ -31,12 +31,12 @@ pub const AT_AUTOCLEAR: u64 = 88;
 /// Incompatible feature bits.
 pub const DIRTY: u64 = 1 << 0;
 pub const CORRUPT: u64 = 1 << 1;
-const DATA_FILE: u64 = 1 << 2;
-const COMPRESSION: u64 = 1 << 3;
-const EXTENDED_L2: u64 = 1 << 4;
+pub const DATA_FILE: u64 = 1 << 2;
+pub const COMPRESSION: u64 = 1 << 3;
+pub const EXTENDED_L2: u64 = 1 << 4;
 const KNOWN: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
 /// A compatible feature bit.
-const LAZY_REFCOUNTS: u64 = 1 << 0;
+pub const LAZY_REFCOUNTS: u64 = 1 << 0;
 /// Autoclear feature bits.
 pub const BITMAPS: u64 = 1 << 0;
 pub const DATA_FILE_RAW: u64 = 1 << 1;

@@ -10,10 +10,12 @@
 //! [`header`] has every rule by which an image is refused, [`entry`] the bits of the tables, [`inflate`] compressed clusters.
 //! Names that the image holds are never followed.
 
+pub(crate) mod amend;
 mod bitmap_directory;
 mod bitmaps;
 pub(crate) mod check;
 mod compress;
+pub(crate) mod create;
 mod entry;
 mod extension;
 mod flush;
@@ -24,6 +26,7 @@ mod meta;
 mod opening;
 mod refcounts;
 mod resize;
+mod rewrite;
 mod slices;
 mod snapshot_table;
 mod snapshots;
@@ -311,13 +314,15 @@ impl Driver for Qcow2 {
         specifics.push(("compression-type", text(compression)));
         if header.version == 3 {
             specifics.push(("lazy-refcounts", InfoValue::Bool(header.lazy_refcounts)));
-            specifics.push(("corrupt", InfoValue::Bool(header.corrupt || self.meta().corrupt)));
-            specifics.push(("extended-l2", InfoValue::Bool(header.extended_l2)));
         }
         specifics.push(("refcount-bits", InfoValue::Int(header.refcount_bits().into())));
         if let Some(name) = &header.data_file_name {
             specifics.push(("data-file", text(name)));
             specifics.push(("data-file-raw", InfoValue::Bool(header.data_file_raw)));
+        }
+        if header.version == 3 {
+            specifics.push(("corrupt", InfoValue::Bool(header.corrupt || self.meta().corrupt)));
+            specifics.push(("extended-l2", InfoValue::Bool(header.extended_l2)));
         }
         Info {
             dirty: header.dirty,

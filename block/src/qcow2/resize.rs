@@ -10,7 +10,7 @@ use super::Qcow2;
 use super::entry::L2Entry;
 use super::header::{self, MAX_L1_BYTES};
 use super::meta::Unnamed;
-use crate::driver::ZeroFlags;
+use crate::driver::{Target, ZeroFlags};
 use crate::{Error, Preallocation, Result};
 
 /// Zeroes are written as data in pieces of this many bytes.
@@ -23,8 +23,8 @@ impl Qcow2 {
         if !len.is_multiple_of(512) {
             return Err(Error::invalid(format!("The new size must be a multiple of 512, not {len}")));
         }
-        if preallocation != Preallocation::Off {
-            return Err(Error::unsupported("a qcow2 image can be resized with preallocation 'off' only"));
+        if preallocation != Preallocation::Off && len < self.size() {
+            return Err(Error::invalid("Preallocation can't be used for shrinking an image"));
         }
         if self.meta().snapshots > 0 && self.rules.version == 2 {
             return Err(Error::unsupported("Can't resize a version 2 image which has snapshots"));
@@ -57,7 +57,40 @@ impl Qcow2 {
         written.map_err(failed)?;
         let _closed = (len < before).then(|| self.gate.close());
         self.size.store(len, Ordering::Relaxed);
-        Ok(())
+        drop(_closed);
+        if preallocation == Preallocation::Off { Ok(()) } else { self.set_aside(before, len, preallocation) }
+    }
+
+    /// Gives every cluster of a range room of its own, which holds zeroes.
+    fn set_aside(&self, start: u64, end: u64, preallocation: Preallocation) -> Result<()> {
+        let failed = |e: io::Error| Error::io("set room for the image aside", e);
+        let flags = ZeroFlags { may_unmap: preallocation == Preallocation::Metadata, fast_only: false };
+        let mut at = start;
+        while at < end {
+            let prepared = self.prepare(at, end - at).map_err(failed)?;
+            let len = prepared.len;
+            if prepared.pending.is_some() {
+                let Target::Data { node, offset } = prepared.target else {
+                    // Zeroes of an encrypted disk are noise in the file.
+                    return Err(Error::unsupported("encrypted images can be resized with preallocation 'off' only"));
+                };
+                if node.len() < offset + len {
+                    node.resize(offset + len, Preallocation::Off)?;
+                }
+                if preallocation == Preallocation::Full {
+                    let zeroes = vec![0; ZERO_PIECE];
+                    for piece in (0..len).step_by(ZERO_PIECE) {
+                        let bytes = usize::try_from(len - piece).unwrap_or(ZERO_PIECE).min(ZERO_PIECE);
+                        node.write_growing(&zeroes[..bytes], offset + piece, false).map_err(failed)?;
+                    }
+                } else {
+                    node.write_zeroes(offset, len, flags, false).map_err(failed)?;
+                }
+            }
+            prepared.commit().map_err(failed)?;
+            at += len;
+        }
+        self.write_back().map_err(failed)
     }
 
     /// Makes a range zeroes, by entries where whole units are and the version can say it.

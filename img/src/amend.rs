@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `amend`: other options for an image that is there.
+
+use block::{Options, format_named};
+
+use crate::disk::{Disk, Named, Usage, format_of};
+use crate::options;
+use crate::tool::{Error, Result, confine};
+
+/// What is asked.
+pub struct Request {
+    /// The image, writable.
+    pub image: Named,
+    /// Its format, if its user says it.
+    pub format: Option<String>,
+    /// `-o`, as it was written.
+    pub options: Vec<String>,
+    /// Go on without a layer of confinement that cannot be had.
+    pub best_effort: bool,
+}
+
+/// Amends; the exit status.
+///
+/// # Errors
+/// The image cannot be opened or changed that way.
+pub fn run(request: Request) -> Result<u8> {
+    confine(request.best_effort)?;
+    let disk = Disk::file(request.image, Usage { writable: true, force_share: false })?;
+    let format = format_of(&disk.node, request.format.as_deref())?;
+    let known = format_named(&format).map_or(&[][..], |format| format.create_options);
+    let (options, size): (Options, _) = options::parse(&request.options, known).map_err(Error::Text)?;
+    if size.is_some() {
+        return Err(Error::Text("the size is changed by the verb 'resize'".into()));
+    }
+    block::amend(&disk.node, &format, &options)?;
+    disk.close()?;
+    Ok(0)
+}

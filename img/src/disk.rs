@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Images that were opened before, as nodes.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use block::{BlockNode, Claim, Graph, Host, NodeAccess, NodeSpec, Result, Use, User};
+
+/// An opened file and what its user calls it.
+pub struct Named {
+    /// The file.
+    pub file: File,
+    /// Its name in messages and answers.
+    pub name: String,
+}
+
+/// An image of a chain.
+pub struct Layer {
+    /// The image.
+    pub image: Named,
+    /// The name of its driver.
+    pub format: String,
+    /// Where its data is, if not in itself.
+    pub data_file: Option<Named>,
+}
+
+/// How an image is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// The top of the chain is written.
+    pub writable: bool,
+    /// Others may write it at the same time: no image locks are taken.
+    pub force_share: bool,
+}
+
+/// A chain of images as nodes; the top can be read and, perhaps, written.
+pub struct Disk {
+    graph: Graph,
+    claim: Option<Claim>,
+    /// The top.
+    pub node: Arc<BlockNode>,
+}
+
+impl Disk {
+    /// Opens a chain, the top first. Parses it: the process is confined by then.
+    ///
+    /// # Errors
+    /// A layer is broken, or another program uses it in a way that excludes this use.
+    pub fn open(layers: Vec<Layer>, usage: Usage) -> Result<Disk> {
+        let mut graph = Graph::new();
+        let mut below: Option<Arc<BlockNode>> = None;
+        for (index, layer) in layers.into_iter().enumerate().rev() {
+            let usage = Usage { writable: usage.writable && index == 0, ..usage };
+            let file = add_file(&mut graph, layer.image, usage)?;
+            let mut children = vec![("file", file.name().to_owned())];
+            if let Some(data_file) = layer.data_file {
+                children.push(("data-file", add_file(&mut graph, data_file, usage)?.name().to_owned()));
+            }
+            if let Some(below) = &below {
+                children.push(("backing", below.name().to_owned()));
+            }
+            below = Some(graph.add(NodeSpec {
+                name: None,
+                driver: driver(&layer.format)?,
+                access: access(usage),
+                host: None,
+                filename: String::new(),
+                children: children.into_iter().collect(),
+                detached: ["backing"].into(),
+                options: [].into(),
+            })?);
+        }
+        let node = below.ok_or_else(|| block::Error::invalid("there is no image"))?;
+        let mut disk = Disk { graph, claim: None, node };
+        disk.claim_top(usage)?;
+        Ok(disk)
+    }
+
+    /// Opens the file of an image alone, whatever its format.
+    ///
+    /// # Errors
+    /// Another program uses it in a way that excludes this use.
+    pub fn file(named: Named, usage: Usage) -> Result<Disk> {
+        let mut graph = Graph::new();
+        let node = add_file(&mut graph, named, usage)?;
+        let mut disk = Disk { graph, claim: None, node };
+        disk.claim_top(usage)?;
+        Ok(disk)
+    }
+
+    fn claim_top(&mut self, usage: Usage) -> Result<()> {
+        let user = User::Export { id: "img".into() };
+        let name = self.node.name().to_owned();
+        let usage = Use {
+            user,
+            writes: usage.writable,
+            resizes: usage.writable,
+            shares_writes: usage.force_share && !usage.writable,
+        };
+        self.claim = Some(self.graph.claim(&name, usage)?);
+        Ok(())
+    }
+
+    /// Bytes of the top's file.
+    pub fn file_len(&self) -> u64 {
+        let file = self.graph.edges(self.node.name()).find(|edge| edge.name == "file");
+        let file = file.and_then(|edge| self.graph.get(&edge.child).ok());
+        file.map_or(0, |file| file.len())
+    }
+
+    /// Brings everything to disk and closes the image.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn close(mut self) -> Result<()> {
+        let flushed = self.node.flush().map_err(|e| block::Error::io("write the image", e));
+        if let Some(claim) = self.claim.take() {
+            self.graph.release(claim);
+        }
+        let name = self.node.name().to_owned();
+        flushed.and_then(|()| self.graph.remove(&name))
+    }
+}
+
+fn access(usage: Usage) -> NodeAccess {
+    NodeAccess { writable: usage.writable, unmap: true }
+}
+
+fn driver(format: &str) -> Result<&'static str> {
+    let entry = block::driver_named(format).filter(|entry| !entry.takes_descriptor);
+    let unknown = || block::Error::invalid(format!("Unknown driver '{}'", format.escape_debug()));
+    entry.map(|entry| entry.name).ok_or_else(unknown)
+}
+
+fn add_file(graph: &mut Graph, named: Named, usage: Usage) -> Result<Arc<BlockNode>> {
+    let driver = block::host_driver(&named.file).map_err(|e| block::Error::io("look at the image", e))?;
+    let file = Arc::new(named.file);
+    let open = move |_: bool, _: &str| -> Result<block::Descriptor> {
+        let file = file.try_clone().map_err(|e| block::Error::io("use the image", e))?;
+        Ok(Box::new(file))
+    };
+    graph.add(NodeSpec {
+        name: None,
+        driver,
+        access: access(usage),
+        host: Some(Host::new(Box::new(open), false, !usage.force_share)),
+        filename: named.name,
+        children: [].into(),
+        detached: [].into(),
+        options: [].into(),
+    })
+}
+
+/// The format of the image in a file: what its user says, or what it looks like.
+///
+/// # Errors
+/// There is no such format, or it cannot be read.
+pub fn format_of(file: &Arc<BlockNode>, said: Option<&str>) -> Result<String> {
+    match said {
+        Some(format) => driver(format).map(str::to_owned),
+        None => Ok(block::inspect(file, None)?.format.to_owned()),
+    }
+}
