@@ -320,6 +320,18 @@ fn case_40_an_opaque_of_a_mebibyte_with_control_characters_comes_back_as_it_was(
 }
 
 #[test]
+fn case_41_an_id_of_any_shape_and_size_comes_back_as_it_was() {
+    let mut wire = Wire::start();
+    wire.negotiate();
+    let deep = (0..100).fold(json!(null), |inner, _| json!([inner]));
+    for id in [json!("x".repeat(1 << 20)), json!({ "a": [1, { "b": null }] }), deep, json!(u64::MAX), json!(i64::MIN)] {
+        wire.send(json!({ "execute": "query-version", "id": id }).to_string());
+        assert!(wire.answer()["id"] == id);
+    }
+    wire.serves_on();
+}
+
+#[test]
 fn a_client_that_leaves_takes_its_pending_descriptors_along_and_the_next_one_starts_afresh() {
     let mut wire = Wire::start();
     wire.negotiate();
@@ -386,6 +398,34 @@ fn case_49_more_rights_than_the_set_holds_cannot_be_had() {
     daemon.start_nbd();
     let export = json!({ "type": "nbd", "id": "e", "node-name": "n", "writable": true });
     assert_eq!(daemon.error("block-export-add", export), "Cannot export read-only node as writable");
+}
+
+#[test]
+fn case_50_an_overlay_over_an_emptied_set_or_in_too_small_a_file_is_refused() {
+    let mut daemon = TestDaemon::start();
+    daemon.add_node("base", "raw", &disks(1)[0], false);
+    let overlay = |set: i64| {
+        let file = json!({ "driver": "file", "filename": format!("/dev/fdset/{set}") });
+        json!({ "driver": "qcow2", "node-name": "top", "file": file, "backing": "base" })
+    };
+    // Emptied while a node uses it: the set is still there, and holds nothing.
+    let set = daemon.add_fd(&disks(1)[0]);
+    let user = json!({ "driver": "file", "node-name": "user", "filename": format!("/dev/fdset/{set}") });
+    daemon.ok("blockdev-add", user);
+    daemon.ok("remove-fd", json!({ "fdset-id": set }));
+    let error = daemon.error("blockdev-add", overlay(set));
+    assert_eq!(error, "Failed to find file descriptor with matching flags=0x2");
+    // No image was made in it, or half of one.
+    let image = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/demo.qcow2")).unwrap();
+    for (len, wanted) in [(0, "not in qcow2 format"), (100, "header")] {
+        let mut small = tempfile::tempfile().unwrap();
+        small.write_all(&image[..len]).unwrap();
+        let set = daemon.add_fd(&small);
+        let error = daemon.error("blockdev-add", overlay(set));
+        assert!(error.contains(wanted), "{len} bytes: {error}");
+    }
+    let nodes = daemon.ok("query-named-block-nodes", json!({}));
+    assert!(!nodes.to_string().contains("\"top\""), "{nodes}");
 }
 
 #[test]

@@ -79,8 +79,8 @@ fn a_backing_file_outside_is_opened_only_if_allowed() {
 }
 
 #[test]
-fn a_chain_that_bites_its_tail_or_never_ends_is_refused() {
-    if !judges("a_chain_that_bites_its_tail_or_never_ends_is_refused", &["qemu-img"]) {
+fn case_48_a_chain_that_bites_its_tail_or_never_ends_is_refused() {
+    if !judges("case_48_a_chain_that_bites_its_tail_or_never_ends_is_refused", &["qemu-img"]) {
         return;
     }
     let scratch = Scratch::new();

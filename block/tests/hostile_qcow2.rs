@@ -108,7 +108,7 @@ fn the_image_made_by_hand_is_a_good_one() {
 
 /// Each row changes one field of the good image.
 #[test]
-fn every_broken_header_is_refused_with_its_reason() {
+fn cases_53_and_54_every_broken_header_is_refused_with_its_reason() {
     type Change = fn(&mut Image) -> &mut Image;
     let cases: &[(&str, Change, &str)] = &[
         ("magic", |i| i.bytes(0, b"QFI\xfa"), "not in qcow2 format"),

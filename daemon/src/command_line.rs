@@ -218,7 +218,8 @@ fn read(
                 plans.monitors.push(MonitorSetup { source, pretty: options["pretty"] == true, lifetime });
             }
             "add-fd" => {
-                let options = words.option(Type::Named("AddFdOptions"), &value, None).map_err(placed)?;
+                let options = words.option(Type::Named("AddFdOptions"), &value, None);
+                let options = options.map_err(|e| placed(in_old_words(e)))?;
                 plans.openings.add_fd(&options).map_err(|e| UsageError(format!("{option} {value}: {e}")))?;
             }
             "blockdev" => {
@@ -373,8 +374,8 @@ fn words() -> Table<()> {
         Definition::structure(
             "AddFdOptions",
             [
-                Member::optional("fd", Type::Int, "The inherited descriptor."),
-                Member::optional("set", Type::Int, "The set."),
+                Member::optional("fd", Type::Str, "The inherited descriptor's number."),
+                Member::optional("set", Type::Str, "The set's number."),
                 Member::optional("opaque", Type::Str, "Free text."),
             ],
             "A descriptor for a set.",
@@ -442,6 +443,14 @@ fn words() -> Table<()> {
     ];
     let version = Version { qemu: (0, 0, 0), package: String::new() };
     Table::new(version, types, Vec::new(), Vec::new()).expect("the table is consistent: every run builds it")
+}
+
+/// What QEMU says of an option that is older than its schema.
+fn in_old_words(error: qmp::Error) -> qmp::Error {
+    match error.desc.strip_suffix(" is unexpected").and_then(|desc| desc.strip_prefix("Parameter ")) {
+        Some(name) => qmp::Error::generic(format!("Invalid parameter {name}")),
+        None => error,
+    }
 }
 
 fn print(text: &str) -> Result<Option<Plans>, UsageError> {

@@ -68,7 +68,9 @@ pub fn serve(
     daemon.fdset_events = setup.fdset_events;
     daemon.ledger.enter(setup.signals.as_fd().as_raw_fd(), "signals");
     daemon.exports.keep_inflight(setup.inflight);
+    daemon.exports.close();
     startup(&table, &mut daemon)?;
+    daemon.exports.open();
     let mut monitors = Vec::new();
     for (id, MonitorSetup { source, pretty, lifetime }) in setup.monitors.into_iter().enumerate() {
         let keeper = lifetime.map_or_else(Keeper::default, |lifetime| daemon.fdsets.keeper(lifetime));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use block::Claim;
 use export::nbd::tls::Tls;
-use export::nbd::{Limits, Server, Settings};
+use export::nbd::{Admission, Limits, Server, Settings};
 use export::{Running, Workers};
 use qmp::Error;
 
@@ -45,6 +45,8 @@ pub struct Exports {
     workers: Workers,
     inflight: Vec<OwnedFd>,
     wake: Arc<Wake>,
+    /// NBD clients are not let in yet.
+    closed: bool,
 }
 
 impl Exports {
@@ -57,6 +59,20 @@ impl Exports {
             workers: Workers::new(),
             inflight: Vec::new(),
             wake,
+            closed: false,
+        }
+    }
+
+    /// From now on NBD clients wait: they must not hear that an export is not there which the command line goes on to make.
+    pub fn close(&mut self) {
+        self.closed = true;
+    }
+
+    /// Lets NBD clients in.
+    pub fn open(&mut self) {
+        self.closed = false;
+        if let Some(server) = &self.nbd {
+            server.admit();
         }
     }
 
@@ -69,9 +85,12 @@ impl Exports {
     ///
     /// # Errors
     /// The descriptor is no listening stream socket, or there is no thread for it.
-    pub fn start_nbd(&mut self, listener: OwnedFd, limits: Limits, tls: Option<Tls>) -> Result<(), Error> {
+    pub fn start_nbd(&mut self, listener: OwnedFd, mut limits: Limits, tls: Option<Tls>) -> Result<(), Error> {
         if !rustix::net::sockopt::socket_acceptconn(&listener).unwrap_or(false) {
             return Err(Error::generic("The passed descriptor is not a listening socket"));
+        }
+        if self.closed {
+            limits.admission = Admission::WhenTold;
         }
         let wake = Arc::clone(&self.wake);
         let server = Server::start(listener, limits, tls, self.workers.clone(), move || wake.up())

@@ -83,13 +83,10 @@ impl Openings {
     /// # Errors
     /// QEMU's words.
     pub fn add_fd(&mut self, options: &Value) -> Result<(), String> {
-        let number =
-            options["fd"].as_i64().filter(|&fd| fd >= 0).ok_or("fd option is required and must be non-negative")?;
+        let number = given_number(options, "fd")?.ok_or("fd option is required and must be non-negative")?;
         if number <= 2 {
             return Err("fd cannot be a standard I/O stream".into());
         }
-        let set =
-            options["set"].as_i64().filter(|&set| set >= 0).ok_or("set option is required and must be non-negative")?;
         // One number may go into several sets.
         let fd = match self.inherited.get(&number) {
             Some(fd) => fd.try_clone(),
@@ -99,6 +96,7 @@ impl Openings {
                 .and_then(|fd| fd.try_clone().inspect(|_| drop(self.inherited.insert(number, fd)))),
         };
         let fd = fd.map_err(|_| "fd is not valid or already in use")?;
+        let set = given_number(options, "set")?.ok_or("set option is required and must be non-negative")?;
         self.sets.push((set, fd, options["opaque"].as_str().map(str::to_owned)));
         Ok(())
     }
@@ -228,6 +226,17 @@ impl Openings {
         }
         Ok(())
     }
+}
+
+/// A number that is not negative, decimal or with 0x.
+fn given_number(options: &Value, key: &str) -> Result<Option<i64>, String> {
+    let Some(text) = options[key].as_str() else { return Ok(None) };
+    let parsed = match text.strip_prefix("0x") {
+        Some(digits) => i64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    let number = parsed.map_err(|_| format!("Parameter '{key}' expects a number"))?;
+    Ok(Some(number).filter(|&number| number >= 0))
 }
 
 fn inherited(number: &str) -> Result<OwnedFd, String> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use client::{Client, Fixture, READ, greet, is_closed, option, option_header, option_replies, pattern, string};
 use export::Workers;
 use export::nbd::proto::{self, flag, opt, rep};
-use export::nbd::{Limits, Server, Settings};
+use export::nbd::{Admission, Limits, Server, Settings};
 
 /// The server goes on for others.
 fn still_serves(fixture: &Fixture) {
@@ -56,7 +56,7 @@ fn list_names_every_export_with_its_description() {
 }
 
 #[test]
-fn unknown_exports_options_and_malformed_data_are_refused_and_negotiation_goes_on() {
+fn case_65_unknown_exports_long_names_and_malformed_data_are_refused_and_negotiation_goes_on() {
     let fixture = Fixture::raw(1 << 20, false);
     let mut socket = fixture.connect();
     greet(&mut socket);
@@ -80,7 +80,7 @@ fn unknown_exports_options_and_malformed_data_are_refused_and_negotiation_goes_o
 }
 
 #[test]
-fn an_option_over_the_limit_is_skipped_and_an_absurd_one_hung_up_on() {
+fn case_65_an_option_over_the_limit_is_skipped_and_an_absurd_one_hung_up_on() {
     let fixture = Fixture::raw(1 << 20, false);
     let mut socket = fixture.connect();
     greet(&mut socket);
@@ -116,7 +116,7 @@ fn abort_is_acknowledged_and_ends_the_connection() {
 }
 
 #[test]
-fn a_client_that_never_negotiates_is_hung_up_on_at_the_time_limit() {
+fn case_66_a_client_that_never_negotiates_is_hung_up_on_at_the_time_limit() {
     let limits = Limits { handshake: Duration::from_millis(50), ..Limits::default() };
     let fixture = Fixture::with_limits(512, false, limits);
     let mut socket = fixture.connect();
@@ -126,7 +126,7 @@ fn a_client_that_never_negotiates_is_hung_up_on_at_the_time_limit() {
 }
 
 #[test]
-fn clients_over_the_limit_wait_until_one_leaves() {
+fn case_66_clients_over_the_limit_wait_until_one_leaves() {
     let limits = Limits { connections: 2, ..Limits::default() };
     let fixture = Fixture::with_limits(1 << 20, false, limits);
     let (first, second) = (fixture.client(), fixture.client());
@@ -145,7 +145,7 @@ fn clients_wait_for_the_first_export_where_that_is_asked() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("nbd");
     let listener = UnixListener::bind(&path).unwrap();
-    let limits = Limits { await_export: true, ..Limits::default() };
+    let limits = Limits { admission: Admission::FirstExport, ..Limits::default() };
     let server = Server::start(listener.into(), limits, None, Workers::new(), || ()).unwrap();
     let early = UnixStream::connect(&path).unwrap();
     early.set_nonblocking(true).unwrap();

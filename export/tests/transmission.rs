@@ -70,7 +70,7 @@ fn a_batch_of_requests_in_one_write_is_answered_whole() {
 }
 
 #[test]
-fn out_of_range_and_forbidden_requests_get_exact_errors_and_the_session_goes_on() {
+fn case_67_out_of_range_and_forbidden_requests_get_exact_errors_and_the_session_goes_on() {
     let fixture = Fixture::raw(MIB, true);
     let read_only = Fixture::raw(MIB, false);
     let (mut client, mut reader) = (fixture.structured_client(), read_only.client());
@@ -142,7 +142,7 @@ fn a_wrong_magic_ends_the_session_and_only_that_one() {
 }
 
 #[test]
-fn a_client_that_vanishes_in_the_middle_of_a_write_leaves_nothing_behind() {
+fn case_69_a_client_that_vanishes_in_the_middle_of_a_write_leaves_nothing_behind() {
     let fixture = Fixture::raw(MIB, true);
     let mut client = fixture.client();
     client.send(0, WRITE, 1, 0, 1 << 20, &[0xab; 1000]);
@@ -152,6 +152,27 @@ fn a_client_that_vanishes_in_the_middle_of_a_write_leaves_nothing_behind() {
     let mut start = vec![0; 4096];
     fixture.file.read_exact_at(&mut start, 0).unwrap();
     assert_eq!(start, pattern(0, 4096), "an unfinished write of one inbox is not begun");
+}
+
+#[test]
+fn case_69_replies_to_a_vanished_client_are_nobodys_and_absurd_status_ranges_are_bounded() {
+    let fixture = Fixture::raw(MIB, false);
+    for _ in 0..20 {
+        let mut client = fixture.client();
+        for cookie in 0..64 {
+            client.send(0, READ, cookie, 0, 1 << 16, &[]);
+        }
+        // Gone with four mebibytes on their way to it.
+        drop(client);
+    }
+    while fixture.export.clients() > 0 {
+        fixture.changed.recv().unwrap();
+    }
+    let mut client = fixture.structured_client();
+    for (offset, len) in [(0, u32::MAX), (u64::MAX, 1), (u64::MAX - 4096, u32::MAX), (MIB - 1, 2)] {
+        assert_eq!(client.call(0, STATUS, offset, len, &[]).error, EINVAL, "{len} bytes at {offset}");
+    }
+    assert_eq!(client.call(0, READ, 0, 512, &[]).data[8..], pattern(0, 512));
 }
 
 #[test]
@@ -196,7 +217,7 @@ fn a_removed_export_hangs_up_on_its_clients_and_takes_no_new_ones() {
 }
 
 #[test]
-fn a_stopped_server_hangs_up_on_everyone_even_in_negotiation() {
+fn case_66_a_stopped_server_hangs_up_on_everyone_even_in_negotiation() {
     let fixture = Fixture::raw(MIB, false);
     let (mut client, mut half) = (fixture.client(), fixture.connect());
     client::greet(&mut half);

@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use export::nbd::Limits;
 use export::nbd::tls::Tls;
+use export::nbd::{Admission, Limits};
 use qmp::{Arguments, Call, Command, Definition, Error, Member, Type};
 use serde::Deserialize;
 use serde_json::Value;
@@ -177,7 +177,7 @@ fn start(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     let limits = Limits {
         connections: max_connections.map_or(defaults.connections, |most| most as usize),
         handshake: handshake_max_seconds.map_or(defaults.handshake, |seconds| Duration::from_secs(seconds.into())),
-        await_export,
+        admission: if await_export { Admission::FirstExport } else { Admission::AtOnce },
     };
     daemon.exports.start_nbd(listener, limits, tls)?;
     Ok(Value::Null)

@@ -23,4 +23,4 @@ mod transmission;
 
 pub use context::{Bitmap, DirtyRuns};
 pub use export::{Export, Settings};
-pub use server::{Limits, Server};
+pub use server::{Admission, Limits, Server};

@@ -31,14 +31,25 @@ pub struct Limits {
     pub connections: usize,
     /// How long a client may take to choose an export; zero is no limit.
     pub handshake: Duration,
-    /// Whether clients wait in the listener's queue until there is an export to choose.
-    pub await_export: bool,
+    /// When they are let in.
+    pub admission: Admission,
+}
+
+/// When clients are let in; before that they wait in the listener's queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// From the start.
+    AtOnce,
+    /// Once there is an export to choose.
+    FirstExport,
+    /// At [`Server::admit`].
+    WhenTold,
 }
 
 impl Default for Limits {
     /// QEMU's defaults: 100 clients, 10 seconds.
     fn default() -> Limits {
-        Limits { connections: 100, handshake: Duration::from_secs(10), await_export: false }
+        Limits { connections: 100, handshake: Duration::from_secs(10), admission: Admission::AtOnce }
     }
 }
 
@@ -66,8 +77,8 @@ struct State {
     exports: BTreeMap<String, Arc<Export>>,
     clients: BTreeMap<u64, Arc<Stream>>,
     next_client: u64,
-    /// There was an export to choose.
-    had_export: bool,
+    /// Clients are let in.
+    open: bool,
     /// A client has chosen an export.
     served: bool,
     stopping: bool,
@@ -86,7 +97,7 @@ impl Server {
         changed: impl Fn() + Send + Sync + 'static,
     ) -> io::Result<Server> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let state = Mutex::default();
+        let state = Mutex::new(State { open: limits.admission == Admission::AtOnce, ..State::default() });
         let number = listener.as_raw_fd();
         let shared =
             Arc::new(Shared { limits, tls, workers, changed: Box::new(changed), wake, listener: number, state });
@@ -104,10 +115,16 @@ impl Server {
         }
         let export = Arc::new(Export::new(settings, self.shared.limits.connections == 1));
         state.exports.insert(export.name().to_owned(), Arc::clone(&export));
-        state.had_export = true;
+        state.open |= self.shared.limits.admission == Admission::FirstExport;
         drop(state);
         self.shared.wake_listener();
         Some(export)
+    }
+
+    /// Lets clients in, whatever they wait for.
+    pub fn admit(&self) {
+        self.shared.lock().open = true;
+        self.shared.wake_listener();
     }
 
     /// Withdraws an export and hangs up on its clients; it is in use until [`Export::clients`] is 0.
@@ -203,7 +220,7 @@ impl Shared {
                     return;
                 }
                 let full = self.limits.connections != 0 && state.clients.len() >= self.limits.connections;
-                full || (self.limits.await_export && !state.had_export)
+                full || !state.open
             };
             let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
             if !closed && !resting {
