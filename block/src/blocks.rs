@@ -89,6 +89,8 @@ pub struct Blocks<L: Layout> {
     pub layout: L,
     pub file: Arc<BlockNode>,
     backing: Option<Arc<BlockNode>>,
+    /// Where in the layer below the image's first byte is, for an image that is a part of another.
+    pub backing_start: u64,
     /// Bytes that a guest sees.
     pub size: u64,
     chunks: Box<[OnceLock<Box<[AtomicU32]>>]>,
@@ -118,6 +120,7 @@ impl<L: Layout> Blocks<L> {
             layout,
             file,
             backing,
+            backing_start: 0,
             size,
             chunks: (0..chunks).map(|_| OnceLock::new()).collect(),
             state: Mutex::new(State { end, ..State::default() }),
@@ -189,7 +192,7 @@ impl<L: Layout> Blocks<L> {
         let len = len.min(end - offset);
         let target = match place {
             Place::None => match &self.backing {
-                Some(node) => Target::Child { node, offset },
+                Some(node) => Target::Child { node, offset: self.backing_start + offset },
                 None => Target::Zero,
             },
             Place::Zero => Target::Zero,
@@ -209,7 +212,8 @@ impl<L: Layout> Blocks<L> {
         let len = len.min((block + 1) * size - offset);
         let mut state = None;
         loop {
-            if let Place::At(at) = self.place(block, Wait::Allowed)? {
+            let old = self.place(block, Wait::Allowed)?;
+            if let Place::At(at) = old {
                 let offset = at.checked_add(self.layout.lead() + offset % size).ok_or(Errno::IO)?;
                 return Ok(Prepared::in_place(Target::Data { node: &self.file, offset }, len));
             }
@@ -225,7 +229,7 @@ impl<L: Layout> Blocks<L> {
                     let room = self.room(&mut locked, block)?;
                     drop(locked);
                     let filled = NewBlock { blocks: self, block, place: room, landed: false };
-                    filled.fill(offset % size..offset % size + len)?;
+                    filled.fill(offset % size..offset % size + len, old)?;
                     let offset = room + self.layout.lead() + offset % size;
                     let target = Target::Data { node: &self.file, offset };
                     return Ok(Prepared { target, len, hold: Hold::NONE, pending: Some(Box::new(filled)) });
@@ -276,7 +280,7 @@ impl<L: Layout> Blocks<L> {
         while at < offset + len {
             let end = (offset + len).min((at / size + 1) * size);
             match self.place(at / size, Wait::Allowed)? {
-                Place::None if self.backing.as_ref().is_some_and(|backing| at < backing.len()) => return Ok(None),
+                Place::None if self.is_backed(at) => return Ok(None),
                 Place::None | Place::Zero => {}
                 Place::At(place) => {
                     let start = place.checked_add(self.layout.lead() + at % size).ok_or(Errno::IO)?;
@@ -289,6 +293,11 @@ impl<L: Layout> Blocks<L> {
             at = end;
         }
         Ok(Some(pieces))
+    }
+
+    /// Whether the layer below has bytes at `offset`.
+    fn is_backed(&self, offset: u64) -> bool {
+        self.backing.as_ref().is_some_and(|backing| self.backing_start + offset < backing.len())
     }
 
     /// See [`crate::Driver::flush`].
@@ -356,9 +365,9 @@ struct NewBlock<'a, L: Layout> {
 }
 
 impl<L: Layout> NewBlock<'_, L> {
-    /// Puts in front and behind what the write (of bytes `written` of the block) leaves.
-    fn fill(&self, written: Range<u64>) -> io::Result<()> {
-        let Blocks { layout, file, backing, size, .. } = self.blocks;
+    /// Puts in front and behind what the write (of bytes `written` of the block) leaves of what was there.
+    fn fill(&self, written: Range<u64>, old: Place) -> io::Result<()> {
+        let Blocks { layout, file, backing, backing_start, size, .. } = self.blocks;
         layout.begin_block(self.place)?;
         let data = self.place + layout.lead();
         let start = self.block * layout.block_size();
@@ -366,10 +375,12 @@ impl<L: Layout> NewBlock<'_, L> {
             if part.is_empty() {
                 continue;
             }
-            if let Some(backing) = backing.as_ref().filter(|backing| start + part.start < backing.len().min(*size)) {
+            let shows_below =
+                old == Place::None && start + part.start < *size && self.blocks.is_backed(start + part.start);
+            if let Some(backing) = backing.as_ref().filter(|_| shows_below) {
                 // A block is at most a few MiB: see the formats' checks.
                 let mut content = vec![0; usize::try_from(part.end - part.start).map_err(|_| Errno::IO)?];
-                backing.read_or_zero(&mut content, start + part.start, Wait::Allowed)?;
+                backing.read_or_zero(&mut content, backing_start + start + part.start, Wait::Allowed)?;
                 file.write_growing(&content, data + part.start, false)?;
             } else {
                 // Room that was used before may hold bytes; past the end of the file there are none.

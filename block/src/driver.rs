@@ -16,11 +16,20 @@ use crate::encryption::Encryption;
 use crate::gate::Hold;
 use crate::host::Descriptor;
 use crate::snapshot::Snapshots;
-use crate::{BlockNode, Error, Preallocation, Result, Secret, file, luks, nbd, qcow2, raw, vdi, vpc};
+use crate::{BlockNode, Error, Preallocation, Result, Secret, file, luks, nbd, qcow2, raw, vdi, vmdk, vpc};
 
 /// Every format, one line each: `blockdev-add`'s schema, its options and the reference docs follow from it.
-pub const DRIVERS: &[DriverEntry] =
-    &[file::ENTRY, file::DEVICE_ENTRY, luks::ENTRY, nbd::ENTRY, qcow2::ENTRY, raw::ENTRY, vdi::ENTRY, vpc::ENTRY];
+pub const DRIVERS: &[DriverEntry] = &[
+    file::ENTRY,
+    file::DEVICE_ENTRY,
+    luks::ENTRY,
+    nbd::ENTRY,
+    qcow2::ENTRY,
+    raw::ENTRY,
+    vdi::ENTRY,
+    vmdk::ENTRY,
+    vpc::ENTRY,
+];
 
 /// The driver called `name`, exactly.
 pub fn driver_named(name: &str) -> Option<&'static DriverEntry> {

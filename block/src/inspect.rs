@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::alarm::Alarm;
 use crate::driver::OpenRequest;
 use crate::qcow2::header::Header;
-use crate::{BlockNode, DRIVERS, Error, Result, Wait, driver_named};
+use crate::{BlockNode, DRIVERS, Error, Info, Result, Wait, driver_named};
 
 /// What an image says about itself. Names are untrusted text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,7 +67,10 @@ pub fn inspect(file: &Arc<BlockNode>, format: Option<&str>) -> Result<Inspection
             node_name: file.name().to_owned(),
             alarm: Alarm::default(),
         })?;
-        return Ok(Inspection { virtual_size: opened.len(), ..raw });
+        let Info { backing_name, backing_format, .. } = opened.info();
+        // Some images of a format that can be written cannot be: this looks, and changes nothing.
+        let writable = writable && opened.reopen(true).is_ok();
+        return Ok(Inspection { virtual_size: opened.len(), writable, backing_name, backing_format, ..raw });
     }
     let header = Header::read(file)?;
     Ok(Inspection {

@@ -34,6 +34,7 @@ mod secret;
 mod snapshot;
 pub mod stats;
 mod vdi;
+mod vmdk;
 mod vpc;
 
 pub use alarm::{Alarm, Corruption};

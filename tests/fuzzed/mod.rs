@@ -175,12 +175,12 @@ fn node(
     })
 }
 
-/// An image of unknown format: probed, then opened and read as what it seems to be, then as qcow2.
+/// An image of unknown format: probed, then opened and read as what it seems to be, or else as qcow2.
 pub fn image(data: &[u8]) {
     let mut graph = Graph::new();
     let file = node(&mut graph, "file", Some(memory(data)), &[], false).unwrap();
-    let _ = inspect(&file, None);
-    let opened = node(&mut graph, "qcow2", None, &["file"], false)
+    let probed = inspect(&file, None).map_or("qcow2", |found| found.format);
+    let opened = node(&mut graph, probed, None, &["file"], false)
         // An external data file, perhaps.
         .or_else(|_| node(&mut graph, "qcow2", None, &["file", "data-file"], false));
     let Ok(disk) = opened else { return };

@@ -20,7 +20,7 @@ mod entry;
 mod extension;
 mod flush;
 pub(crate) mod header;
-mod inflate;
+pub mod inflate;
 mod l1;
 mod meta;
 mod opening;
