@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use rustix::io::Errno;
 use sys::file::Wait;
@@ -72,12 +72,44 @@ impl DriverEntry {
 /// A node that a driver is built from.
 #[derive(Debug)]
 pub struct ChildSpec {
-    /// The edge's name as in QAPI: `file`, `backing`, `data-file`.
+    /// The edge's name as in QAPI: `file`, `backing`, `data-file`. A name that ends in `.*` is a list of edges, `extents.0`,
+    /// `extents.1` and so on without a gap, and a member `extents` in QAPI.
     pub name: &'static str,
     /// Whether opening without it is an error of the caller.
     pub required: bool,
     /// How a node uses it.
     pub writes: Writes,
+}
+
+/// Nodes that a list of edges takes at most.
+const MOST_EDGES: usize = 1024;
+
+/// Names of the edges in lists, by the names of their specs: made once, kept for ever.
+static LISTS: LazyLock<BTreeMap<&'static str, Vec<&'static str>>> = LazyLock::new(|| {
+    let leak = |name: String| -> &'static str { Box::leak(name.into_boxed_str()) };
+    let names = |list: &str| (0..MOST_EDGES).map(|number| leak(format!("{list}.{number}"))).collect();
+    let lists = DRIVERS.iter().flat_map(|driver| driver.children).filter(|child| child.is_list());
+    lists.map(|child| (child.name, names(child.member()))).collect()
+});
+
+impl ChildSpec {
+    /// Whether it stands for a list of edges.
+    pub fn is_list(&self) -> bool {
+        self.name.ends_with(".*")
+    }
+
+    /// The member of `blockdev-add`'s schema that names the node or nodes.
+    pub fn member(&self) -> &'static str {
+        self.name.strip_suffix(".*").unwrap_or(self.name)
+    }
+
+    /// Names of the edges that it can have, in order.
+    pub fn edges(&'static self) -> &'static [&'static str] {
+        match LISTS.get(self.name) {
+            Some(names) => names,
+            None => std::slice::from_ref(&self.name),
+        }
+    }
 }
 
 /// An option that a driver takes.

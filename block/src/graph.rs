@@ -98,13 +98,14 @@ impl Graph {
         };
         let mut children = Children::new();
         let mut links = Vec::new();
-        for child in driver.children {
-            let Some(node_name) = spec.children.get(child.name) else { continue };
-            let user = User::Node { name: name.clone(), edge: child.name };
+        let edges = driver.children.iter().flat_map(|child| child.edges().iter().map(move |&edge| (child, edge)));
+        for (child, edge_name) in edges {
+            let Some(node_name) = spec.children.get(edge_name) else { continue };
+            let user = User::Node { name: name.clone(), edge: edge_name };
             match self.claim(node_name, child.writes.usage(user, spec.access.writable)) {
                 Ok(claim) => {
-                    let edge = Edge { name: child.name, child: node_name.clone() };
-                    children.insert(child.name, Arc::clone(&self.nodes[node_name].node));
+                    let edge = Edge { name: edge_name, child: node_name.clone() };
+                    children.insert(edge_name, Arc::clone(&self.nodes[node_name].node));
                     links.push(Link { edge, claim: claim.id(), writes: child.writes });
                 }
                 Err(e) => {

@@ -322,6 +322,126 @@ fn an_overlay_shows_its_parent_until_that_is_another_content() {
     nodes.format("vmdk", &[("file", &top), ("backing", &bottom)], false, &[]).unwrap();
 }
 
+/// Opens the descriptor `name` in a directory and its extents, the files called `extents`.
+fn open_parts(dir: &Path, name: &str, extents: &[&str], writable: bool) -> block::Result<(Nodes, Arc<BlockNode>)> {
+    let edges = ["extents.0", "extents.1", "extents.2", "extents.3"];
+    let mut nodes = Nodes::new();
+    let mut node = |name: &str| {
+        let file = File::options().read(true).write(writable).open(dir.join(name)).unwrap();
+        nodes.file(&file, writable)
+    };
+    let names: Vec<String> = std::iter::once(name).chain(extents.iter().copied()).map(&mut node).collect();
+    let children: Vec<(&'static str, &str)> =
+        std::iter::once("file").chain(edges).zip(&names).map(|(edge, name)| (edge, name.as_str())).collect();
+    let node = nodes.format("vmdk", &children, writable, &[])?;
+    Ok((nodes, node))
+}
+
+#[test]
+fn disks_in_several_files_are_written_as_qemu_reads_them() {
+    if !judge("disks_in_several_files_are_written_as_qemu_reads_them", "qemu-img") {
+        return;
+    }
+    let rows: &[(&str, u64, &[&str])] = &[
+        ("monolithicFlat", 9 << 20, &["d-flat.vmdk"]),
+        ("twoGbMaxExtentSparse", 3 << 30, &["d-s001.vmdk", "d-s002.vmdk"]),
+        ("twoGbMaxExtentFlat", 3 << 30, &["d-f001.vmdk", "d-f002.vmdk"]),
+    ];
+    for &(subformat, size, extents) in rows {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, name) = name_in(dir.path(), "d.vmdk");
+        let options = format!("subformat={subformat}");
+        run("qemu-img", &["create", "-q", "-f", "vmdk", "-o", &options, &name, &size.to_string()]);
+        let (path, raw) = name_in(dir.path(), "raw");
+        let expected = File::create(path).unwrap();
+        expected.set_len(size).unwrap();
+        let (nodes, node) = open_parts(dir.path(), "d.vmdk", extents, true).unwrap();
+        let before = fact(&node, "cid");
+        assert_eq!(node.len(), size);
+        for (index, offset) in [0, size - 700, size / 2, (2 << 30) - 100_000].into_iter().enumerate() {
+            if offset >= size {
+                continue;
+            }
+            // The last one goes over the end of an extent.
+            let bytes = vec![index as u8 + 1; (size - offset).min(200_000) as usize];
+            node.write(&bytes, offset, false).unwrap();
+            expected.write_all_at(&bytes, offset).unwrap();
+            assert!(read(&node, offset, bytes.len()).unwrap() == bytes, "{subformat} at {offset}");
+        }
+        node.write_zeroes(size / 2 + 5000, 100_000, ZeroFlags::default(), false).unwrap();
+        expected.write_all_at(&[0; 100_000], size / 2 + 5000).unwrap();
+        assert_ne!(fact(&node, "cid"), before);
+        drop((node, nodes));
+        run("qemu-img", &["compare", "-q", "-f", "vmdk", "-F", "raw", &name, &raw]);
+        let (_nodes, node) = open_parts(dir.path(), "d.vmdk", extents, false).unwrap();
+        assert_eq!(read(&node, 199_999, 2).unwrap(), [1, 0], "{subformat}");
+    }
+}
+
+#[test]
+fn extent_lines_say_where_bytes_are_and_who_may_have_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes: Vec<u8> = (0..16 * 512u32).map(|index| (index / 512) as u8 + 1).collect();
+    std::fs::write(dir.path().join("flat"), &bytes).unwrap();
+    std::fs::write(dir.path().join("other"), &bytes).unwrap();
+    let text = "# Disk DescriptorFile\nparentCID=ffffffff\nCID=00000001\ncreateType=\"twoGbMaxExtentFlat\"\n\
+                RW 2 FLAT \"a b.vmdk\" 3\nRDONLY 2 ZERO\nRDONLY 4 FLAT \"/etc/passwd\" 0\nNOACCESS 1 FLAT \"json:{}\" 5\n";
+    std::fs::write(dir.path().join("d"), text).unwrap();
+    // One file can be more than one extent, for reading.
+    let (_nodes, node) = open_parts(dir.path(), "d", &["flat", "other", "other"], true).unwrap();
+    assert_eq!(node.len(), 9 * 512);
+    let seen = read(&node, 0, 8 * 512).unwrap();
+    let sectors: Vec<u8> = seen.chunks(512).map(|sector| sector[0]).collect();
+    assert_eq!(sectors, [4, 5, 0, 0, 1, 2, 3, 4]);
+    let errno = |result: std::io::Result<()>| result.unwrap_err().raw_os_error();
+    assert_eq!(errno(read(&node, 8 * 512, 512).map(drop)), Some(Errno::ACCESS.raw_os_error()));
+    for sector in [2, 4, 8] {
+        assert_eq!(errno(node.write(&[9; 512], sector * 512, false)), Some(Errno::ROFS.raw_os_error()));
+    }
+    node.write(&[9; 512], 512, true).unwrap();
+    let written = std::fs::read(dir.path().join("flat")).unwrap();
+    assert_eq!((written[4 * 512], written[5 * 512]), (9, 6));
+    assert!(std::fs::read(dir.path().join("other")).unwrap() == bytes);
+    // The CID changed, and not the end of `parentCID`.
+    let text = std::fs::read_to_string(dir.path().join("d")).unwrap();
+    assert!(text.contains("parentCID=ffffffff\n") && !text.contains("CID=00000001"), "{text}");
+}
+
+#[test]
+fn descriptors_that_break_the_rules_are_refused_with_the_reason() {
+    let rows: &[(&str, &str, &str)] = &[
+        ("monolithicFlat", "", "names no extents"),
+        ("monolithicFlat", "RW 0 FLAT \"a\" 0\n", "names no extents"),
+        (
+            "monolithicFlat",
+            "RW 2 FLAT \"a\" 0\nRW 2 FLAT \"b.vmdk\" 0\n",
+            "'extents.1' is missing: a node with what the VMDK calls 'b.vmdk'",
+        ),
+        ("monolithicFlat", "RW 2 ZERO\n", "has 1 nodes"),
+        ("monolithicFlat", "RW 2 FLAT \"a\"\n", "begins nowhere"),
+        ("monolithicFlat", "RW 99 FLAT \"a\" 0\n", "has 8192 bytes"),
+        ("monolithicFlat", "RW 2 FLAT \"a\" 15\n", "has 512 bytes"),
+        ("monolithicFlat", "RW 2 FLAT \"a\" 36028797018963967\n", "has 0 bytes"),
+        ("monolithicFlat", "RW 18446744073709551615 FLAT \"a\" 0\n", "too large together"),
+        ("monolithicFlat", "RW 99999999999999999999 FLAT \"a\" 0\n", "Invalid extent line"),
+        ("monolithicFlat", "RW 2 FLAT a 0\n", "Invalid extent line"),
+        ("monolithicFlat", "RW -2 FLAT \"a\" 0\n", "Invalid extent line"),
+        ("monolithicFlat", "RW 2 SESPARSE \"a\"\n", "Unsupported extent type 'SESPARSE'"),
+        ("twoGbMaxExtentSparse", "RW 2 SPARSE \"a\"\n", "not in VMDK format"),
+        ("monolithicFlat", "RDONLY 2 FLAT \"a\" 0\n", "lets nobody write"),
+        ("fullDevice", "RW 2 FLAT \"a\" 0\n", "Unsupported image type 'fullDevice'"),
+        ("monolithicSparse", "RW 2 SPARSE \"a\"\n", "Unsupported image type 'monolithicSparse'"),
+    ];
+    for (kind, lines, reason) in rows {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("flat"), [1; 8192]).unwrap();
+        let text = format!("# Disk DescriptorFile\nCID=1234abcd\ncreateType=\"{kind}\"\n{lines}");
+        std::fs::write(dir.path().join("d"), text).unwrap();
+        let error = open_parts(dir.path(), "d", &["flat"], true).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains(reason), "{kind} {lines}: {error}");
+    }
+}
+
 #[test]
 fn images_that_break_the_rules_are_refused_with_the_reason() {
     if !judge("images_that_break_the_rules_are_refused_with_the_reason", "qemu-img") {

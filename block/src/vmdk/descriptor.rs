@@ -49,7 +49,11 @@ pub enum Access {
 #[derive(Debug)]
 pub struct ExtentLine {
     pub access: Access,
+    pub sectors: u64,
     pub kind: String,
+    pub name: String,
+    /// Sector of its file where it begins; only some kinds have it.
+    pub offset: Option<u64>,
 }
 
 impl Descriptor {
@@ -114,18 +118,19 @@ impl ExtentLine {
         };
         let broken = || Error::corrupt(format!("Invalid extent line: {}", line.chars().take(200).collect::<String>()));
         let (sectors, rest) = rest.trim_start().split_once([' ', '\t']).ok_or_else(broken)?;
-        sectors.parse::<u64>().map_err(|_| broken())?;
+        let sectors = sectors.parse().map_err(|_| broken())?;
         let rest = rest.trim_start();
         let (kind, rest) = rest.split_once([' ', '\t']).unwrap_or((rest, ""));
-        let (_name, offset) = match rest.trim_start().strip_prefix('"') {
+        let (name, offset) = match rest.trim_start().strip_prefix('"') {
             Some(quoted) => quoted.split_once('"').ok_or_else(broken)?,
             None if kind == "ZERO" => ("", rest),
             None => return Err(broken()),
         };
-        if let Some(number) = offset.split_whitespace().next() {
-            number.parse::<u64>().map_err(|_| broken())?;
-        }
-        Ok(Some(ExtentLine { access, kind: kind.to_owned() }))
+        let offset = match offset.split_whitespace().next() {
+            Some(number) => Some(number.parse().map_err(|_| broken())?),
+            None => None,
+        };
+        Ok(Some(ExtentLine { access, sectors, kind: kind.to_owned(), name: name.to_owned(), offset }))
     }
 }
 

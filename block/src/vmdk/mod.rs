@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The driver `vmdk`: VMware's disk image. One sparse extent with the descriptor inside is read and written
-//! (`monolithicSparse`), a compressed stream (`streamOptimized`) is read.
+//! (`monolithicSparse`), a compressed stream (`streamOptimized`) is read. A descriptor in a file of its own puts a disk together
+//! from extents, sparse and flat, in other nodes: `extents.0`, `extents.1` and so on, in the order of the lines that have a file.
 //!
 //! An overlay's descriptor has the CID of the content that its parent had when the overlay was made. The parent is a node that
 //! the caller gives; if that is a `vmdk`, its CID must be the one; of another format nothing can be asked, and the caller who
@@ -8,6 +9,7 @@
 
 mod descriptor;
 mod header;
+mod part;
 mod sparse;
 
 use std::io;
@@ -15,8 +17,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use descriptor::{Access, Descriptor, NO_PARENT};
+use descriptor::{Descriptor, NO_PARENT};
 use header::{Header, MAGIC};
+use part::Part;
 use rustix::io::Errno;
 use sparse::Sparse;
 
@@ -26,10 +29,11 @@ use crate::{BlockNode, Error, Result, Wait};
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {
     name: "vmdk",
-    summary: "VMware's disk image: one sparse file, or a compressed stream (read only)",
+    summary: "VMware's disk image: sparse, flat, or a compressed stream (read only)",
     children: &[
         ChildSpec { name: "file", required: true, writes: Writes::Metadata },
         ChildSpec { name: "backing", required: false, writes: Writes::Never },
+        ChildSpec { name: "extents.*", required: false, writes: Writes::Metadata },
     ],
     options: &[],
     takes_descriptor: false,
@@ -41,11 +45,17 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
 const COWD: &[u8] = b"COWD";
 /// The first line of descriptor files.
 const TEXT: &[u8] = b"# Disk DescriptorFile";
+/// Types of disks whose descriptor is inside their one file, and is a file of its own.
+const INSIDE: &[&str] = &["monolithicSparse", "streamOptimized"];
+const OUTSIDE: &[&str] = &["monolithicFlat", "twoGbMaxExtentFlat", "twoGbMaxExtentSparse", "vmfs"];
 const SESPARSE: &[u8] = &0xcafe_babe_u64.to_le_bytes();
 
 struct Vmdk {
-    extent: Sparse,
+    file: Arc<BlockNode>,
+    parts: Vec<Part>,
     descriptor: Descriptor,
+    /// Where the descriptor stands in the file, and the room for it.
+    descriptor_at: (u64, u64),
     /// The CID as it stands in the image.
     cid: AtomicU32,
     /// Whether the image got a new CID since it was opened for writing.
@@ -55,41 +65,45 @@ struct Vmdk {
 
 fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
     let file = request.child("file")?;
-    refuse_others(&file)?;
-    let header = Header::read(&file)?;
-    let (at, size) = header.descriptor;
-    if size == 0 {
+    let mut start = [0; 512];
+    file.read_or_zero(&mut start, 0, Wait::Allowed).map_err(|e| Error::io("read the VMDK header", e))?;
+    for (magic, what) in [(COWD, "an ESX sparse extent (COWD)"), (SESPARSE, "a space-efficient extent (seSparse)")] {
+        if start.starts_with(magic) {
+            return Err(Error::unsupported(format!("this VMDK is {what}, which this version does not read")));
+        }
+    }
+    let header = if start.starts_with(TEXT) { None } else { Some(Header::read(&file)?) };
+    let descriptor_at = header.as_ref().map_or((0, file.len()), |header| header.descriptor);
+    if descriptor_at.1 == 0 {
         return Err(Error::unsupported(
-            "this is one extent of a VMDK, without a descriptor: the descriptor is in a file of its own",
+            "this is one extent of a VMDK, without a descriptor: open the file that has the descriptor",
         ));
     }
-    let mut text = vec![0; usize::try_from(size).unwrap_or(0)];
-    file.read(&mut text, at, Wait::Allowed).map_err(|e| Error::io("read the VMDK descriptor", e))?;
-    let descriptor = Descriptor::parse(&text)?;
-    if !matches!(descriptor.create_type.as_str(), "monolithicSparse" | "streamOptimized") {
-        return Err(unsupported_type(&descriptor.create_type));
+    if descriptor_at.1 > descriptor::MAX_LEN {
+        return Err(Error::corrupt(format!("a VMDK descriptor of {} bytes is too long", descriptor_at.1)));
     }
-    match descriptor.extents.as_slice() {
-        [line] if line.kind != "SPARSE" => {
-            return Err(Error::corrupt("the VMDK is a sparse extent, and its descriptor says that it is none"));
-        }
-        [line] if line.access == Access::None => {
-            return Err(Error::invalid("the VMDK descriptor forbids all access to its extent (NOACCESS)"));
-        }
-        [_] => {}
-        lines => {
-            return Err(Error::corrupt(format!(
-                "a VMDK in one file has one extent, the descriptor names {}",
-                lines.len()
-            )));
-        }
+    let mut text = vec![0; usize::try_from(descriptor_at.1).unwrap_or(0)];
+    file.read(&mut text, descriptor_at.0, Wait::Allowed).map_err(|e| Error::io("read the VMDK descriptor", e))?;
+    let descriptor = Descriptor::parse(&text)?;
+    let known = if header.is_some() { INSIDE } else { OUTSIDE };
+    if !known.contains(&descriptor.create_type.as_str()) {
+        let shown: String = descriptor.create_type.chars().take(40).flat_map(char::escape_debug).collect();
+        return Err(Error::unsupported(format!(
+            "Unsupported image type '{shown}' of a VMDK that begins like this: there are {}",
+            known.join(", ")
+        )));
     }
     let backing = backing(&request, &descriptor)?;
-    let capacity = header.capacity;
+    let parts = match header {
+        Some(header) => vec![only_part(header, &file, &descriptor, &request, backing)?],
+        None => Part::all(&descriptor.extents, &request.children, backing.as_ref())?,
+    };
     let vmdk = Vmdk {
-        extent: Sparse::new(header, file, backing, 0, capacity),
+        file,
+        parts,
         cid: AtomicU32::new(descriptor.cid),
         descriptor,
+        descriptor_at,
         marked: AtomicBool::new(false),
         marking: Mutex::new(()),
     };
@@ -99,24 +113,29 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
     Ok(Box::new(vmdk))
 }
 
-/// Says of other things called VMDK what they are.
-fn refuse_others(file: &BlockNode) -> Result<()> {
-    let mut start = [0; 512];
-    file.read_or_zero(&mut start, 0, Wait::Allowed).map_err(|e| Error::io("read the VMDK header", e))?;
-    let what = match () {
-        () if start.starts_with(COWD) => "an ESX sparse extent (COWD)",
-        () if start.starts_with(SESPARSE) => "a space-efficient sparse extent (seSparse)",
-        () if start.starts_with(TEXT) => "a descriptor file, whose extents are in other files",
-        () => return Ok(()),
-    };
-    Err(Error::unsupported(format!("this VMDK is {what}, which this version does not read")))
-}
-
-fn unsupported_type(create_type: &str) -> Error {
-    let shown: String = create_type.chars().take(40).flat_map(char::escape_debug).collect();
-    Error::unsupported(format!(
-        "Unsupported image type '{shown}' of a VMDK with its descriptor inside: there are monolithicSparse and streamOptimized"
-    ))
+/// The part of a disk in one file. What its line says besides the access is not looked at: the header knows it better.
+fn only_part(
+    header: Header,
+    file: &Arc<BlockNode>,
+    descriptor: &Descriptor,
+    request: &OpenRequest,
+    backing: Option<Arc<BlockNode>>,
+) -> Result<Part> {
+    if request.children.keys().any(|edge| edge.starts_with("extents.")) {
+        return Err(Error::invalid("'extents' can only be set for a VMDK whose descriptor is a file of its own"));
+    }
+    match descriptor.extents.as_slice() {
+        [line] if line.kind != "SPARSE" => {
+            Err(Error::corrupt("the VMDK is a sparse extent, and its descriptor says that it is none"))
+        }
+        [line] => {
+            let capacity = header.capacity;
+            Ok(Part::whole(Sparse::new(header, Arc::clone(file), backing, 0, capacity), line.access))
+        }
+        lines => {
+            Err(Error::corrupt(format!("a VMDK in one file has one extent, the descriptor names {}", lines.len())))
+        }
+    }
 }
 
 /// The parent, if its content is the one that the image was made over.
@@ -166,57 +185,82 @@ impl Vmdk {
             number if number == old || number == NO_PARENT => old.wrapping_add(1) & 0x7fff_ffff,
             number => number,
         };
-        self.extent.blocks.file.write(&self.descriptor.with_cid(new), self.extent.header.descriptor.0, false)?;
+        self.file.write(&self.descriptor.with_cid(new), self.descriptor_at.0, false)?;
         self.cid.store(new, Ordering::Relaxed);
         self.marked.store(true, Ordering::Release);
         Ok(())
     }
 }
 
+impl Vmdk {
+    /// The part that has the byte at `offset`, and where in it.
+    fn part(&self, offset: u64) -> io::Result<(&Part, u64)> {
+        let number = self.parts.partition_point(|part| part.start + part.len <= offset);
+        let part = self.parts.get(number).ok_or(Errno::IO)?;
+        Ok((part, offset - part.start))
+    }
+
+    /// Calls `act` for what each part has of a range: the part, where in it, and for how many bytes.
+    fn each(&self, mut offset: u64, len: u64, act: impl Fn(&Part, u64, u64) -> io::Result<()>) -> io::Result<()> {
+        let end = offset + len;
+        while offset < end {
+            let (part, at) = self.part(offset)?;
+            let len = (end - offset).min(part.len - at);
+            act(part, at, len)?;
+            offset += len;
+        }
+        Ok(())
+    }
+}
+
 impl Driver for Vmdk {
     fn len(&self) -> u64 {
-        self.extent.blocks.size
+        self.parts.last().map_or(0, |part| part.start + part.len)
     }
 
     fn map(&self, offset: u64, len: u64, ask: Ask) -> io::Result<Mapping<'_>> {
-        self.extent.map(offset, len, ask)
+        let (part, at) = self.part(offset)?;
+        part.map(at, len, ask)
     }
 
     fn read_computed(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.extent.read_computed(buf, offset)
+        let (part, at) = self.part(offset)?;
+        part.read_computed(buf, at)
     }
 
     fn prepare_write(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
-        if self.extent.header.compressed {
-            return Err(Errno::ROFS.into());
+        let (part, at) = self.part(offset)?;
+        if part.is_writable() {
+            self.mark()?;
         }
-        self.mark()?;
-        self.extent.blocks.prepare_write(offset, len)
+        part.prepare_write(at, len)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
         self.mark()?;
-        self.extent.blocks.write_zeroes(offset, len, flags)
+        self.each(offset, len, |part, at, len| part.write_zeroes(at, len, flags))
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.mark()?;
-        self.extent.blocks.discard(offset, len)
+        self.each(offset, len, Part::discard)
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.extent.blocks.flush()
+        self.parts.iter().try_for_each(Part::flush)?;
+        // A descriptor inside the one extent went with that.
+        if self.descriptor_at.0 == 0 { self.file.flush() } else { Ok(()) }
     }
 
     fn reopen(&self, writable: bool) -> Result<()> {
         if !writable {
             return self.flush().map_err(|e| Error::io("flush the image", e));
         }
-        if self.descriptor.extents.iter().any(|line| line.access != Access::ReadWrite) {
-            return Err(Error::invalid("the VMDK descriptor lets nobody write to its extent (RDONLY)"));
+        if !self.parts.iter().any(Part::is_writable) {
+            return Err(Error::invalid("the VMDK descriptor lets nobody write to any extent (RDONLY, NOACCESS, ZERO)"));
         }
-        self.extent.check_writable()?;
-        let room = self.extent.header.descriptor.1;
+        self.parts.iter().try_for_each(Part::check_writable)?;
+        let room = self.descriptor_at.1;
         if self.descriptor.with_cid(0).len() as u64 > room {
             return Err(Error::unsupported(format!(
                 "the VMDK descriptor has no room for a new CID in its {room} bytes"
@@ -227,13 +271,13 @@ impl Driver for Vmdk {
     }
 
     fn info(&self) -> Info {
-        let header = &self.extent.header;
         let descriptor = &self.descriptor;
+        let sparse = || self.parts.iter().filter_map(Part::sparse);
         let backing_name = descriptor.parent_hint.clone().filter(|_| descriptor.parent_cid != NO_PARENT);
         Info {
-            dirty: header.unclean,
-            allocated_size: self.extent.blocks.file.info().allocated_size,
-            cluster_size: Some(header.grain),
+            dirty: sparse().any(|sparse| sparse.header.unclean),
+            allocated_size: Some(self.parts.iter().map(Part::allocated_size).sum()),
+            cluster_size: sparse().next().map(|sparse| sparse.header.grain),
             backing_format: backing_name.is_some().then(|| "vmdk".to_owned()),
             backing_name,
             specifics: vec![

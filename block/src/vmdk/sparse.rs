@@ -18,7 +18,7 @@ use crate::{BlockNode, Error, Result, Wait};
 
 const NONE: u32 = 0;
 const ZERO: u32 = 1;
-const MARKER: u64 = 12;
+const MARKER: usize = 12;
 
 pub struct Sparse {
     pub blocks: Blocks<GrainTables>,
@@ -174,14 +174,14 @@ impl Sparse {
     fn load(&self, number: u64, at: u64) -> io::Result<Vec<u8>> {
         let grain = self.header.grain;
         let (data, size) = if self.header.markers {
-            let mut marker = [0; MARKER as usize];
+            let mut marker = [0; MARKER];
             self.blocks.file.read_or_zero(&mut marker, at, Wait::Allowed)?;
             let [sector @ .., a, b, c, d] = marker;
             // A table that names another grain's place shows one guest block in the place of another.
             if u64::from_le_bytes(sector) != number * (grain / SECTOR) {
                 return Err(Errno::IO.into());
             }
-            (at + MARKER, u64::from(u32::from_le_bytes([a, b, c, d])))
+            (at + MARKER as u64, u64::from(u32::from_le_bytes([a, b, c, d])))
         } else {
             (at, (2 * grain).min(self.blocks.file.len().saturating_sub(at)))
         };

@@ -124,32 +124,46 @@ pub fn add_node(daemon: &mut Daemon, options: Map<String, Value>, inherited: Inh
 /// Names the children in `spec`; those that the options describe are made, and listed in `nested`.
 fn attach_children(
     daemon: &mut Daemon,
-    driver: &DriverEntry,
+    driver: &'static DriverEntry,
     mut options: Map<String, Value>,
     spec: &mut NodeSpec,
     nested: &mut Vec<String>,
 ) -> Result<(), Error> {
     for child in driver.children {
-        let name = match options.remove(child.name) {
+        let given = match options.remove(child.member()) {
             None => continue,
             Some(Value::Null) => {
                 spec.detached.insert(child.name);
                 continue;
             }
-            Some(Value::String(name)) => {
-                if daemon.graph.get(&name).is_err() {
-                    return Err(Error::generic(format!("Cannot find device='{name}' nor node-name='{name}'")));
-                }
-                name
-            }
-            Some(Value::Object(options)) => {
-                let name = add_node(daemon, options, Inherited::by_child(child.writes, !spec.access.writable))?;
-                nested.push(name.clone());
-                name
-            }
-            Some(_) => return Err(Error::invalid_type(child.name, "BlockdevRef")),
+            Some(Value::Array(list)) if child.is_list() => list,
+            Some(one) => vec![one],
         };
-        spec.children.insert(child.name, name);
+        if given.len() > child.edges().len() {
+            let most = child.edges().len();
+            return Err(Error::generic(format!(
+                "'{}' takes at most {most} nodes, not {}",
+                child.member(),
+                given.len()
+            )));
+        }
+        for (&edge, value) in child.edges().iter().zip(given) {
+            let name = match value {
+                Value::String(name) => {
+                    if daemon.graph.get(&name).is_err() {
+                        return Err(Error::generic(format!("Cannot find device='{name}' nor node-name='{name}'")));
+                    }
+                    name
+                }
+                Value::Object(options) => {
+                    let name = add_node(daemon, options, Inherited::by_child(child.writes, !spec.access.writable))?;
+                    nested.push(name.clone());
+                    name
+                }
+                _ => return Err(Error::invalid_type(edge, "BlockdevRef")),
+            };
+            spec.children.insert(edge, name);
+        }
     }
     Ok(())
 }

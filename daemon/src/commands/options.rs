@@ -88,8 +88,12 @@ fn members(driver: &DriverEntry) -> Vec<Member> {
         ));
     }
     for child in driver.children {
-        let ty = if child.name == "backing" { "BlockdevRefOrNull" } else { "BlockdevRef" };
         let make = if child.required { Member::required } else { Member::optional };
+        if child.is_list() {
+            members.push(make(child.member(), Type::Array(&Type::Named("BlockdevRef")), "The nodes below, in order."));
+            continue;
+        }
+        let ty = if child.name == "backing" { "BlockdevRefOrNull" } else { "BlockdevRef" };
         members.push(make(child.name, Type::Named(ty), "The node below."));
     }
     for option in driver.options {

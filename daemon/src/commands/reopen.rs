@@ -109,6 +109,15 @@ fn check_unchanged(daemon: &Daemon, name: &str, options: &Map<String, Value>) ->
         return Err(cannot_change("filename"));
     }
     for child in driver.children {
+        if child.is_list() {
+            let edges = daemon.graph.edges(name).filter(|edge| child.edges().contains(&edge.name));
+            let present: Vec<&str> = edges.map(|edge| edge.child.as_str()).collect();
+            let given = options.get(child.member()).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+            if !given.iter().map(Value::as_str).eq(present.into_iter().map(Some)) {
+                return Err(cannot_change(child.member()));
+            }
+            continue;
+        }
         let present = daemon.graph.edges(name).find(|edge| edge.name == child.name);
         let same = match (options.get(child.name), present) {
             (Some(Value::String(given)), Some(edge)) => *given == edge.child,
