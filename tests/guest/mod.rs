@@ -6,15 +6,20 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::harness::Scratch;
 
+const QEMU: &str = "qemu-system-x86_64";
+
 /// Drivers of the disk and its file system.
 const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "ext4"];
-/// A guest that has not powered off by then hangs; emulated ones take about ten seconds.
-const HANG_SECONDS: &str = "200";
+/// A guest that has not powered off by then, or is silent for so long, hangs; emulated ones take about ten seconds.
+const HANG_SECONDS: u16 = 200;
 
 /// What a guest needs from the host, besides QEMU.
 pub struct Kernel {
@@ -82,7 +87,101 @@ pub fn run_vhost_user(kernel: &Kernel, scratch: &Scratch, socket: &str, queues: 
     run_with(kernel, scratch, &[&arguments[..], &["-chardev", &chardev, "-device", &device]].concat(), script)
 }
 
-fn run_with(kernel: &Kernel, scratch: &Scratch, disk: &[&str], script: &str) -> String {
+/// A guest that runs until it is killed, and its serial console.
+pub struct Running {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    /// Every line so far.
+    pub said: Vec<String>,
+}
+
+impl Running {
+    /// Boots as `run` does and leaves the script running. The process is QEMU's own.
+    pub fn start(kernel: &Kernel, scratch: &Scratch, drive: &str, script: &str) -> Running {
+        let initrd = initrd(kernel, scratch, script);
+        let mut child = Command::new(QEMU)
+            .args(arguments(kernel, &initrd, "stdio"))
+            .args(["-drive", &format!("if=virtio,{drive}")])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        Running { child, input, output, said: Vec::new() }
+    }
+
+    /// The next line of the console, without its end. The end of the script or of the guest is a failure.
+    pub fn line(&mut self) -> String {
+        let mut line = Vec::new();
+        while line.last() != Some(&b'\n') {
+            if self.output.buffer().is_empty() {
+                let patience = Timespec { tv_sec: HANG_SECONDS.into(), tv_nsec: 0 };
+                let mut readable = [PollFd::new(self.output.get_ref(), PollFlags::IN)];
+                assert!(
+                    poll(&mut readable, Some(&patience)).unwrap() > 0,
+                    "the guest hangs:\n{}",
+                    self.said.join("\n")
+                );
+            }
+            let some = self.output.fill_buf().unwrap();
+            assert!(!some.is_empty(), "the guest ended:\n{}", self.said.join("\n"));
+            let len = some.iter().position(|byte| *byte == b'\n').map_or(some.len(), |at| at + 1);
+            line.extend_from_slice(&some[..len]);
+            self.output.consume(len);
+        }
+        let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+        self.said.push(line.clone());
+        assert!(!line.starts_with("END "), "the guest's script ended:\n{}", self.said.join("\n"));
+        line
+    }
+
+    /// An empty line on the console, for a script that reads one.
+    pub fn answer(&mut self) {
+        self.input.write_all(b"\n").unwrap();
+    }
+
+    /// The guest's end without a warning.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// QEMU's arguments but for the disk.
+fn arguments(kernel: &Kernel, initrd: &Path, serial: &str) -> Vec<String> {
+    let mut arguments: Vec<String> = [
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-accel",
+        "tcg",
+        "-m",
+        "256",
+        "-net",
+        "none",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    let (image, initrd) = (kernel.image.to_str().unwrap(), initrd.to_str().unwrap());
+    let append = "console=ttyS0 quiet panic=-1";
+    for option in ["-kernel", image, "-initrd", initrd, "-append", append, "-serial", serial] {
+        arguments.push(option.to_owned());
+    }
+    arguments
+}
+
+/// Packs the initramfs that runs `script` and powers off.
+fn initrd(kernel: &Kernel, scratch: &Scratch, script: &str) -> PathBuf {
     let root = scratch.path("initramfs");
     let initrd = scratch.path("initrd");
     for directory in ["bin", "dev", "proc", "sys", "mnt", "modules"] {
@@ -105,14 +204,15 @@ fn run_with(kernel: &Kernel, scratch: &Scratch, disk: &[&str], script: &str) -> 
     fs::set_permissions(root.join("init"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let pack = format!("cd '{}' && find . | cpio --quiet -o -H newc > '{}'", root.display(), initrd.display());
     assert!(Command::new("sh").args(["-c", &pack]).status().unwrap().success());
+    initrd
+}
 
+fn run_with(kernel: &Kernel, scratch: &Scratch, disk: &[&str], script: &str) -> String {
+    let initrd = initrd(kernel, scratch, script);
     let serial = scratch.path("serial");
     let output = Command::new("timeout")
-        .args([HANG_SECONDS, "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-        .args(["-accel", "tcg", "-m", "256", "-net", "none"])
-        .args(["-kernel", kernel.image.to_str().unwrap(), "-initrd", initrd.to_str().unwrap()])
-        .args(["-append", "console=ttyS0 quiet panic=-1"])
-        .args(["-serial", &format!("file:{}", serial.display())])
+        .args([&HANG_SECONDS.to_string(), QEMU])
+        .args(arguments(kernel, &initrd, &format!("file:{}", serial.display())))
         .args(disk)
         .stdin(Stdio::null())
         .output()
