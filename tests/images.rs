@@ -95,7 +95,9 @@ fn snapshots_are_made_and_deleted_as_by_qemu() {
     ] {
         assert_eq!(daemon.error(command, arguments), error);
     }
-    drop(daemon);
+    // Its image locks are gone when the node is.
+    daemon.ok("block-export-del", json!({ "id": "disk" }));
+    daemon.ok("blockdev-del", json!({ "node-name": "disk" }));
     run("qemu-img", &["check", "-q", &name]);
     let listed = run("qemu-img", &["snapshot", "-l", &name]);
     assert!(listed.contains("one") && !listed.contains("two"), "{listed}");

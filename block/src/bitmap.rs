@@ -77,6 +77,28 @@ impl Bitmap {
         }
     }
 
+    /// Another with the same marks, that tracks nothing and belongs to no node.
+    pub fn copy(&self) -> Bitmap {
+        let copy = Bitmap {
+            name: self.name.clone(),
+            granularity_bits: self.granularity_bits,
+            enabled: AtomicBool::new(false),
+            persistent: AtomicBool::new(false),
+            inconsistent: self.inconsistent,
+            users: Arc::default(),
+            content: RwLock::default(),
+        };
+        copy.resize(self.len());
+        copy.merge(self);
+        copy
+    }
+
+    /// Bytes of the disk that it stands for.
+    #[allow(clippy::len_without_is_empty, reason = "an empty disk is not a special case")]
+    pub fn len(&self) -> u64 {
+        self.content().len
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name

@@ -305,6 +305,13 @@ impl BlockNode {
         self.check_write(offset, len)?;
         let flags = ZeroFlags { may_unmap: flags.may_unmap && self.unmap.load(Ordering::Relaxed), ..flags };
         self.reaches(offset + len);
+        let written = self.write_zero_units(offset, len, flags);
+        self.bitmaps.mark(offset, len);
+        written?;
+        if durable { self.flush() } else { Ok(()) }
+    }
+
+    fn write_zero_units(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
         let Units { head, whole, tail } = self.units(offset, len);
         for part in [head, tail] {
             if self.reads_as_zeroes(part.clone())? {
@@ -316,14 +323,12 @@ impl BlockNode {
             self.write_zero_data(part)?;
         }
         if !whole.is_empty() {
-            let zeroed = self.driver.write_zeroes(whole.start, whole.end - whole.start, flags);
-            self.bitmaps.mark(whole.start, whole.end - whole.start);
-            match zeroed {
+            match self.driver.write_zeroes(whole.start, whole.end - whole.start, flags) {
                 Err(e) if is_unsupported(&e) && !flags.fast_only => self.write_zero_data(whole)?,
                 other => other?,
             }
         }
-        if durable { self.flush() } else { Ok(()) }
+        Ok(())
     }
 
     fn write_zero_data(&self, range: Range<u64>) -> io::Result<()> {

@@ -103,6 +103,23 @@ impl Jobs {
         std::mem::take(&mut self.events)
     }
 
+    /// What a job is asked to do with itself, in a state in which it cannot: every such wish but `dismiss`.
+    ///
+    /// # Errors
+    /// Always: there is none of that id, its state excludes the wish, or its work cannot be held up. QEMU's words where it has
+    /// some.
+    pub fn refuse(&self, id: &str, verb: &str) -> Result<(), Error> {
+        let job = self.jobs.get(id).ok_or_else(|| Error::generic("Job not found"))?;
+        let state = job.status.word();
+        Err(Error::generic(match (verb, job.status) {
+            ("resume", _) => "Can't resume a job that was not paused".to_owned(),
+            ("cancel" | "pause", Status::Running) => {
+                format!("Job '{id}' cannot be held up: making an image ends by itself")
+            }
+            _ => format!("Job '{id}' in state '{state}' cannot accept command verb '{verb}'"),
+        }))
+    }
+
     /// Forgets a job that has concluded.
     ///
     /// # Errors

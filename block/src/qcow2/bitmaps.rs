@@ -279,6 +279,9 @@ impl Qcow2 {
             // Without autoclear bits nobody who writes it would say so.
             return refused("Cannot store dirty bitmaps in qcow2 v2 files");
         }
+        if self.bitmaps.get(name).is_some() {
+            return refused(&format!("Bitmap already exists: {name}"));
+        }
         if name.len() > MAX_NAME {
             return refused("Name is too long");
         }

@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use block::{BlockNode, Use, User};
 use export::fuse::{self, StartError};
+use export::nbd::Settings;
 use export::nbd::proto::MAX_STRING;
-use export::nbd::{Bitmap, Settings};
 use qmp::{Arguments, Call, Command, Definition, Error, Event, Member, PendingFds, Type};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::vhost_user::{self, Common};
-use super::{block_error, words};
+use super::{bitmap, block_error, words};
 use crate::state::Daemon;
 
 /// The kinds of exports there are, one line each.
@@ -244,7 +244,8 @@ fn add(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     if !daemon.exports.nbd_is_running() {
         return Err(Error::generic("NBD server not running"));
     }
-    let bitmaps = bitmaps.iter().map(bitmap).collect::<Result<_, _>>()?;
+    let bitmaps = bitmaps.iter().map(|wanted| bitmap::for_export(daemon, &node, writable, wanted));
+    let bitmaps = bitmaps.collect::<Result<_, _>>()?;
     let claim = daemon.graph.claim(&node_name, usage).map_err(block_error)?;
     let settings = Settings {
         description,
@@ -295,12 +296,6 @@ fn add_fuse(
         }
     }
     Ok(Value::Null)
-}
-
-/// The content of a dirty bitmap. No node has any: what is asked for is not there.
-fn bitmap(bitmap: &Value) -> Result<Bitmap, Error> {
-    let name = bitmap.as_str().or_else(|| bitmap["name"].as_str()).unwrap_or_default();
-    Err(Error::generic(format!("Bitmap '{name}' is not found")))
 }
 
 /// `nbd-server-add`: as QEMU does, what cannot be written is exported read-only.

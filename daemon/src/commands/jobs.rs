@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `blockdev-create`, `query-jobs`, `job-dismiss`.
+//! `blockdev-create`, `query-jobs`, `job-dismiss`, and what jobs refuse.
 
 use block::Preallocation;
 use fdset::Access;
@@ -66,6 +66,36 @@ pub fn commands() -> Vec<Command<Daemon>> {
         Command::new("query-jobs", "Lists the jobs.", Arguments::NONE, query)
             .returning(Type::Array(&Type::Named("JobInfo"))),
         Command::new(
+            "job-cancel",
+            "Ends a job before its time. No job of this version can be ended so: the answer says why.",
+            [Member::required("id", Type::Str, "The job.")],
+            |daemon, call| refuse(daemon, &call, "cancel"),
+        ),
+        Command::new(
+            "job-complete",
+            "Ends a job that waits for that. No job of this version does.",
+            [Member::required("id", Type::Str, "The job.")],
+            |daemon, call| refuse(daemon, &call, "complete"),
+        ),
+        Command::new(
+            "job-finalize",
+            "Lets a job take effect that waits for that. No job of this version does.",
+            [Member::required("id", Type::Str, "The job.")],
+            |daemon, call| refuse(daemon, &call, "finalize"),
+        ),
+        Command::new(
+            "job-pause",
+            "Holds a job up. No job of this version can be held up: the answer says so.",
+            [Member::required("id", Type::Str, "The job.")],
+            |daemon, call| refuse(daemon, &call, "pause"),
+        ),
+        Command::new(
+            "job-resume",
+            "Lets a job that is held up go on.",
+            [Member::required("id", Type::Str, "The job.")],
+            |daemon, call| refuse(daemon, &call, "resume"),
+        ),
+        Command::new(
             "job-dismiss",
             "Forgets a job that has concluded.",
             [Member::required("id", Type::Str, "The job.")],
@@ -129,6 +159,11 @@ fn create(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
 
 fn query(daemon: &mut Daemon, _: Call<'_>) -> Result<Value, Error> {
     Ok(daemon.jobs.list().into())
+}
+
+fn refuse(daemon: &mut Daemon, call: &Call<'_>, verb: &str) -> Result<Value, Error> {
+    daemon.jobs.refuse(call.arguments()["id"].as_str().unwrap_or_default(), verb)?;
+    Ok(Value::Null)
 }
 
 fn dismiss(daemon: &mut Daemon, call: Call<'_>) -> Result<Value, Error> {

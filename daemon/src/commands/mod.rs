@@ -2,6 +2,7 @@
 //! Every command, by subject. A command is a function over the [`Daemon`](crate::state::Daemon) and a line in its module's
 //! list; dispatch, `query-commands`, `query-qmp-schema` and the reference all read the one table made here.
 
+mod bitmap;
 mod blockdev;
 mod confinement;
 mod export;
@@ -19,6 +20,7 @@ mod reopen;
 mod resize;
 mod snapshot;
 mod statistics;
+mod transaction;
 mod vhost_user;
 
 use qmp::{Arguments, Command, Definition, Event, Member, Table, Type, Version};
@@ -36,6 +38,7 @@ const QEMU: (u32, u32, u32) = (10, 0, 2);
 pub fn table() -> Table<Daemon> {
     let version = Version { qemu: QEMU, package: format!("doorless {}", env!("CARGO_PKG_VERSION")) };
     let types = [
+        bitmap::types(),
         blockdev::types(),
         confinement::types(),
         export::types(),
@@ -48,6 +51,7 @@ pub fn table() -> Table<Daemon> {
         node_query::types(),
         snapshot::types(),
         statistics::types(),
+        transaction::types(),
         vhost_user::types(),
     ]
     .concat();
@@ -65,6 +69,8 @@ pub fn table() -> Table<Daemon> {
     commands.extend(objects::commands());
     commands.extend(resize::commands());
     commands.extend(snapshot::commands());
+    commands.extend(bitmap::commands());
+    commands.extend(transaction::commands());
     commands.extend(statistics::commands());
     commands.extend(metrics::commands());
     Table::new(version, types, commands, events()).expect("the table is consistent: a test builds it")

@@ -5,6 +5,7 @@ use block::{BlockNode, InfoValue};
 use qmp::{Call, Command, Definition, Error, Member, Type};
 use serde_json::{Map, Value, json};
 
+use super::bitmap;
 use crate::state::Daemon;
 
 pub fn types() -> Vec<Definition> {
@@ -64,6 +65,7 @@ pub fn types() -> Vec<Definition> {
                 Member::required("iops_rd", Type::Int, "Always 0."),
                 Member::required("iops_wr", Type::Int, "Always 0."),
                 Member::required("write_threshold", Type::Int, "Always 0."),
+                Member::optional("dirty-bitmaps", Type::Array(&Type::Named("BlockDirtyInfo")), "Its dirty bitmaps."),
                 Member::required("image", Type::Named("ImageInfo"), "The image."),
                 Member::required("cache", Type::Named("BlockdevCacheInfo"), "How the host caches."),
             ],
@@ -93,6 +95,14 @@ fn query(daemon: &mut Daemon, _: Call<'_>) -> Result<Value, Error> {
 }
 
 fn describe(daemon: &Daemon, node: &BlockNode) -> Value {
+    let mut shown = shown(daemon, node);
+    if let Some(bitmaps) = bitmap::describe(node) {
+        shown["dirty-bitmaps"] = bitmaps;
+    }
+    shown
+}
+
+fn shown(daemon: &Daemon, node: &BlockNode) -> Value {
     let edges = daemon.graph.edges(node.name());
     let children: Vec<Value> = edges.map(|edge| json!({ "child": edge.name, "node-name": edge.child })).collect();
     json!({

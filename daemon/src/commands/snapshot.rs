@@ -7,26 +7,37 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use block::{BlockNode, Snapshot};
 use qmp::{Call, Command, Definition, Error, Member, Type};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::block_error;
+use super::transaction::Step;
 use crate::state::Daemon;
 
 pub fn types() -> Vec<Definition> {
-    vec![Definition::structure(
-        "SnapshotInfo",
-        [
-            Member::required("id", Type::Str, "Unique in the image."),
-            Member::required("name", Type::Str, "Chosen by the user."),
-            Member::required("vm-state-size", Type::Int, "Bytes of a machine's state."),
-            Member::required("date-sec", Type::Int, "When it was made, seconds since 1970."),
-            Member::required("date-nsec", Type::Int, "And nanoseconds."),
-            Member::required("vm-clock-sec", Type::Int, "The guest's clock then, seconds."),
-            Member::required("vm-clock-nsec", Type::Int, "And nanoseconds."),
-            Member::optional("icount", Type::Int, "Instructions executed, if the guest counted."),
-        ],
-        "A snapshot in an image.",
-    )]
+    vec![
+        Definition::structure(
+            "BlockdevSnapshotInternal",
+            [
+                Member::required("device", Type::Str, "The node."),
+                Member::required("name", Type::Str, "The snapshot to be."),
+            ],
+            "A snapshot to be.",
+        ),
+        Definition::structure(
+            "SnapshotInfo",
+            [
+                Member::required("id", Type::Str, "Unique in the image."),
+                Member::required("name", Type::Str, "Chosen by the user."),
+                Member::required("vm-state-size", Type::Int, "Bytes of a machine's state."),
+                Member::required("date-sec", Type::Int, "When it was made, seconds since 1970."),
+                Member::required("date-nsec", Type::Int, "And nanoseconds."),
+                Member::required("vm-clock-sec", Type::Int, "The guest's clock then, seconds."),
+                Member::required("vm-clock-nsec", Type::Int, "And nanoseconds."),
+                Member::optional("icount", Type::Int, "Instructions executed, if the guest counted."),
+            ],
+            "A snapshot in an image.",
+        ),
+    ]
 }
 
 pub fn commands() -> Vec<Command<Daemon>> {
@@ -34,11 +45,11 @@ pub fn commands() -> Vec<Command<Daemon>> {
         Command::new(
             "blockdev-snapshot-internal-sync",
             "Keeps the present state of an image in the image itself. Requests wait meanwhile.",
-            [
-                Member::required("device", Type::Str, "The node."),
-                Member::required("name", Type::Str, "The snapshot to be."),
-            ],
-            create,
+            qmp::Arguments::Of("BlockdevSnapshotInternal"),
+            |daemon, call| {
+                create(daemon, call.into_arguments())?;
+                Ok(Value::Null)
+            },
         ),
         Command::new(
             "blockdev-snapshot-delete-internal-sync",
@@ -64,8 +75,10 @@ struct Create {
     name: String,
 }
 
-fn create(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
-    let Create { device, name } = call.parse()?;
+/// Makes a snapshot, as a step that a transaction can take back.
+pub fn create(daemon: &mut Daemon, arguments: Map<String, Value>) -> Result<Step, Error> {
+    let parsed = serde_json::from_value(Value::Object(arguments));
+    let Create { device, name } = parsed.map_err(|e| Error::generic(e.to_string()))?;
     let node = node(daemon, &device)?;
     let snapshots = node.snapshots().map_err(block_error)?;
     if name.is_empty() {
@@ -76,8 +89,13 @@ fn create(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let seconds = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
-    snapshots.create(&name, (seconds, now.subsec_nanos())).map_err(block_error)?;
-    Ok(Value::Null)
+    let made = snapshots.create(&name, (seconds, now.subsec_nanos())).map_err(block_error)?;
+    Ok(Step::undone_by(move |_| {
+        let undone = node.snapshots().and_then(|snapshots| snapshots.delete(Some(&made.id), Some(&made.name)));
+        if let Err(e) = undone {
+            tracing::warn!(node = node.name(), "snapshot '{}' of a transaction that failed stays: {e}", made.name);
+        }
+    }))
 }
 
 #[derive(Deserialize)]
@@ -90,15 +108,16 @@ struct Delete {
 fn delete(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     let Delete { device, id, name } = call.parse()?;
     let node = node(daemon, &device)?;
-    let snapshots = node.snapshots().map_err(block_error)?;
     if id.is_none() && name.is_none() {
         return Err(Error::generic("Name or id must be provided"));
     }
+    let unable = |_| Error::generic("Failed to get a snapshot list: Operation not supported");
+    let snapshots = node.snapshots().map_err(unable)?;
     let fits = |snapshot: &Snapshot| {
         id.as_ref().is_none_or(|id| snapshot.id == *id) && name.as_ref().is_none_or(|name| snapshot.name == *name)
     };
     if !snapshots.list().map_err(block_error)?.iter().any(fits) {
-        let shown = |text: &Option<String>| text.clone().unwrap_or_else(|| "(null)".into());
+        let shown = |text: &Option<String>| text.clone().unwrap_or_else(|| "null".into());
         return Err(Error::generic(format!(
             "Snapshot with id '{}' and name '{}' does not exist on device '{device}'",
             shown(&id),
