@@ -55,6 +55,9 @@ enum Verb {
     /// Unmount a file of `serve --fuse` when standard input ends. For the manager's use.
     #[command(hide = true)]
     Unmount(UnmountOptions),
+    /// Remove a daemon's sockets and PID file when standard input ends. For the daemon's use.
+    #[command(hide = true)]
+    Sweep { files: Vec<OsString> },
     /// Tell what the image on standard input is, confined. For the manager's use.
     #[command(hide = true)]
     Inspect(InspectOptions),
@@ -140,6 +143,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Publish { temporary, path } => publish::finish(&temporary, &path)?,
         Verb::Nbd(Rest { arguments }) => return nbd::run("doorless nbd", arguments),
         Verb::Unmount(UnmountOptions { mountpoint, tree }) => manager::fuse::unmount_when_abandoned(&mountpoint, tree)?,
+        Verb::Sweep { files } => daemon::sweeper::run(&files)?,
         Verb::Inspect(InspectOptions { format, confinement }) => {
             ::img::inspect::run(format.as_deref(), confinement.confine == "best-effort")?;
         }

@@ -8,6 +8,7 @@ mod harness;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use harness::{DOORLESS, Scratch, doorless, judges, run};
@@ -152,6 +153,39 @@ fn a_client_that_is_there_before_the_daemon_finds_every_export_of_the_command_li
     assert_eq!(size(&mut client, "e99"), 1 << 16);
     drop(client);
     assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn its_sockets_and_pid_file_go_with_it_however_it_ends() {
+    for killed in [false, true] {
+        let scratch = Scratch::new();
+        let (monitor, nbd, pid) = (scratch.name("monitor"), scratch.name("nbd"), scratch.name("pid"));
+        let (keep, other) = (scratch.path("keep"), scratch.path("other"));
+        let mut child = Command::new(DOORLESS)
+            .args(["daemon", "--chardev", &format!("socket,id=m,path={monitor},server=on,wait=off"), "--monitor", "m"])
+            .args(["--chardev", &format!("socket,id=k,path={},server=on,wait=off", keep.display()), "--monitor", "k"])
+            .args(["--nbd-server", &format!("addr.type=unix,addr.path={nbd}"), "--pidfile", &pid])
+            .spawn()
+            .unwrap();
+        // Its answer comes when everything is done.
+        while !std::fs::read_to_string(&pid).is_ok_and(|text| text.ends_with('\n')) {
+            std::thread::yield_now();
+        }
+        // Somebody puts a file of his own in the place of one: that one stays.
+        std::fs::write(&other, "his").unwrap();
+        std::fs::rename(&other, &keep).unwrap();
+        let process = rustix::process::Pid::from_child(&child);
+        let signal = if killed { rustix::process::Signal::KILL } else { rustix::process::Signal::TERM };
+        rustix::process::kill_process(process, signal).unwrap();
+        assert_eq!(child.wait().unwrap().success(), !killed);
+        let left = || [&monitor, &nbd, &pid].iter().filter(|path| Path::new(path).exists()).count();
+        // Nobody can wait for what cleans up after a daemon that was killed.
+        while killed && left() > 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(left(), 0);
+        assert_eq!(std::fs::read_to_string(&keep).unwrap(), "his");
+    }
 }
 
 #[test]

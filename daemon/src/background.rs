@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
+use std::path::Path;
 use std::process::Command;
 
 use fdset::FdPolicy;
@@ -53,6 +54,11 @@ impl Announcement {
         mine.map_err(|_| UsageError(format!("cannot create PID file: {path} belongs to a process that runs")))?;
         self.pidfile = Some((path, file));
         Ok(())
+    }
+
+    /// The PID file's path.
+    pub fn file(&self) -> Option<&Path> {
+        self.pidfile.as_ref().map(|(path, _)| Path::new(path))
     }
 
     /// Takes the pipe of the process that waits.

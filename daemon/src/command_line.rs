@@ -5,6 +5,8 @@
 //! files) is opened; the process is confined. Only then do options act, as the monitor's commands that they stand for.
 
 use std::ffi::OsString;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::PathBuf;
 
 use confine::{Plan, Role};
 use std::time::Duration;
@@ -19,6 +21,7 @@ use crate::control::{self, Ends, MonitorSetup, Setup};
 use crate::opening::{Chardevs, Openings};
 use crate::reserve;
 use crate::state::{Daemon, FdsetEvents};
+use crate::sweeper::Sweeper;
 
 /// What `--help` prints.
 pub const HELP: &str = "\
@@ -102,6 +105,8 @@ struct Plans {
     confinement: Plan,
     ends: Ends,
     announcement: Announcement,
+    /// Files of sockets.
+    bound: Vec<PathBuf>,
 }
 
 /// How the program presents itself.
@@ -126,14 +131,24 @@ pub fn run(style: Style, arguments: impl IntoIterator<Item = OsString>) -> Resul
     let signals = Signals::block(&[signal::INT, signal::TERM, signal::HUP]).map_err(failed("block signals"))?;
     let table = crate::commands::table();
     let Some(plans) = read(style, arguments, &table)? else { return Ok(()) };
-    let Plans { actions, openings, monitors, mut fdsets, fdset_events, confinement, ends, announcement } = plans;
+    let Plans { actions, openings, monitors, mut fdsets, fdset_events, confinement, ends, announcement, mut bound } =
+        plans;
     sys::fd::close_inherited().map_err(failed("close what was inherited"))?;
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     fdsets.quotas.total = fdsets.quotas.total.or_else(|| Some(reserve::sets_share(limit)));
     let inflight = reserve::inflight(limit);
+    bound.extend_from_slice(openings.bound());
+    bound.extend(announcement.file().map(Into::into));
+    let sweeper = match bound.is_empty() {
+        true => None,
+        false => Some(Sweeper::start(&bound).map_err(failed("start what cleans up in the end"))?),
+    };
     let confined = confine::confine(&confinement).map_err(|e| UsageError(e.to_string()))?;
     let setup = Setup { monitors, fdsets, fdset_events, signals, ends, inflight };
     let startup = |table: &Table<Daemon>, daemon: &mut Daemon| {
+        if let Some(sweeper) = &sweeper {
+            daemon.ledger.enter(sweeper.as_fd().as_raw_fd(), "what cleans up in the end");
+        }
         act(table, daemon, openings, actions)?;
         announcement.make(daemon).map_err(|e| qmp::Error::generic(e.0))
     };
@@ -170,6 +185,7 @@ fn read(
         confinement: Plan::new(Role::Daemon),
         ends: Ends::default(),
         announcement: Announcement::default(),
+        bound: Vec::new(),
     };
     let mut arguments = arguments.into_iter();
     while let Some(argument) = arguments.next() {
@@ -295,6 +311,7 @@ fn read(
     if let Some(id) = chardevs.unused() {
         return Err(UsageError(format!("chardev '{id}' has no monitor; add --monitor chardev={id}")));
     }
+    plans.bound = chardevs.bound();
     Ok(Some(plans))
 }
 

@@ -21,6 +21,7 @@ mod opening;
 pub mod remotes;
 pub mod reserve;
 pub mod state;
+pub mod sweeper;
 mod wake;
 pub mod wants;
 

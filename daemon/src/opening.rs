@@ -10,6 +10,7 @@ use std::io;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::{Map, Value, json};
@@ -26,7 +27,10 @@ const CREDENTIALS: [&str; 4] = ["ca-cert.pem", "ca-crl.pem", "server-cert.pem", 
 
 /// Character devices by id.
 #[derive(Debug, Default)]
-pub struct Chardevs(BTreeMap<String, Source>);
+pub struct Chardevs {
+    sources: BTreeMap<String, Source>,
+    bound: Vec<PathBuf>,
+}
 
 impl Chardevs {
     /// Makes one from checked `ChardevOptions`.
@@ -39,7 +43,7 @@ impl Chardevs {
         let wait = options["wait"].as_bool().unwrap_or(true);
         let socket = match (options["fd"].as_str(), options["path"].as_str()) {
             (Some(fd), None) => inherited(fd)?,
-            (None, Some(path)) if server => listen(path)?,
+            (None, Some(path)) if server => listen(path, &mut self.bound)?,
             (None, Some(path)) => {
                 UnixStream::connect(path).map_err(|e| format!("Failed to connect to '{path}': {e}"))?.into()
             }
@@ -50,21 +54,26 @@ impl Chardevs {
             poll(&mut [PollFd::new(&socket, PollFlags::IN)], None)
                 .map_err(|e| format!("Failed to wait for a client: {e}"))?;
         }
-        if self.0.contains_key(&id) {
+        if self.sources.contains_key(&id) {
             return Err(format!("Duplicate ID '{id}' for chardev"));
         }
-        self.0.insert(id, if server { Source::Listener(socket) } else { Source::Connected(socket) });
+        self.sources.insert(id, if server { Source::Listener(socket) } else { Source::Connected(socket) });
         Ok(())
     }
 
     /// The device called `id`, for a monitor.
     pub fn take(&mut self, id: &str) -> Option<Source> {
-        self.0.remove(id)
+        self.sources.remove(id)
     }
 
     /// A device that no monitor took.
     pub fn unused(&self) -> Option<&str> {
-        self.0.keys().next().map(String::as_str)
+        self.sources.keys().next().map(String::as_str)
+    }
+
+    /// Files of the sockets that were made.
+    pub fn bound(self) -> Vec<PathBuf> {
+        self.bound
     }
 }
 
@@ -74,6 +83,7 @@ pub struct Openings {
     sets: Vec<(i64, OwnedFd, Option<String>)>,
     named: Vec<(String, OwnedFd)>,
     inherited: BTreeMap<i64, OwnedFd>,
+    bound: Vec<PathBuf>,
     own_sets: i64,
 }
 
@@ -176,7 +186,7 @@ impl Openings {
         let address = options.remove("addr").unwrap_or_default();
         let socket = match (address["str"].as_str(), address["path"].as_str()) {
             (Some(fd), _) => inherited(fd)?,
-            (None, Some(path)) => listen(path)?,
+            (None, Some(path)) => listen(path, &mut self.bound)?,
             (None, None) => {
                 let text = |key: &str| address[key].as_str().unwrap_or_default();
                 let (host, port) = (text("host"), text("port"));
@@ -205,12 +215,17 @@ impl Openings {
         let address = &options["addr"];
         let socket = match (address["str"].as_str(), address["path"].as_str()) {
             (Some(fd), _) => inherited(fd)?,
-            (None, Some(path)) => listen(path)?,
+            (None, Some(path)) => listen(path, &mut self.bound)?,
             (None, None) => return Ok(()),
         };
         options["addr"] = json!({ "type": "fd", "str": name });
         self.named.push((name, socket));
         Ok(())
+    }
+
+    /// Files of the sockets that were made.
+    pub fn bound(&self) -> &[PathBuf] {
+        &self.bound
     }
 
     /// Gives everything to the daemon.
@@ -245,13 +260,15 @@ fn inherited(number: &str) -> Result<OwnedFd, String> {
     fd.map_err(|e| format!("File descriptor {number} was not passed to this process: {e}"))
 }
 
-/// Binds and listens; a socket file that nobody serves any more is replaced, as QEMU does.
-fn listen(path: &str) -> Result<OwnedFd, String> {
+/// Binds, listens and notes the file; a socket that is there is replaced, as QEMU does.
+fn listen(path: &str, bound: &mut Vec<PathBuf>) -> Result<OwnedFd, String> {
     match std::fs::symlink_metadata(path) {
         Ok(metadata) if std::os::unix::fs::FileTypeExt::is_socket(&metadata.file_type()) => {
             std::fs::remove_file(path).map_err(|e| format!("Failed to unlink socket {path}: {e}"))?;
         }
         _ => {}
     }
-    UnixListener::bind(path).map(OwnedFd::from).map_err(|e| format!("Failed to bind socket to {path}: {e}"))
+    let listener = UnixListener::bind(path).map_err(|e| format!("Failed to bind socket to {path}: {e}"))?;
+    bound.push(path.into());
+    Ok(listener.into())
 }
