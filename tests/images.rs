@@ -40,7 +40,9 @@ fn a_resized_image_is_seen_by_the_next_client_and_by_qemu() {
     let nodes = daemon.ok("query-named-block-nodes", json!({}));
     let file = nodes.as_array().unwrap().iter().find(|node| node["drv"] == "file").unwrap()["node-name"].clone();
     assert!(error(&mut daemon, json!({ "node-name": file, "size": 512 })).contains("Permission conflict"));
-    drop(daemon);
+    // Its image locks are gone when the node is.
+    daemon.ok("block-export-del", json!({ "id": "disk" }));
+    daemon.ok("blockdev-del", json!({ "node-name": "disk" }));
     let info: Value =
         serde_json::from_str(&run("qemu-img", &["info", "--output=json", &scratch.name("disk.qcow2")])).unwrap();
     assert_eq!(info["virtual-size"], 2 << 20);
