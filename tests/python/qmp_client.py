@@ -69,10 +69,22 @@ async def main(path, disk, nbd):
         event = await deleted.get()
         assert event["data"] == {"id": "e"}, event
     await refused(qmp, "block_resize", {"node-name": "none", "size": 512}, "Cannot find device")
-    for command in ("blockdev-snapshot-internal-sync", "blockdev-snapshot-delete-internal-sync"):
-        await refused(qmp, command, {"device": "n", "name": "s"}, "does not support internal snapshots")
+    for command, said in (
+        ("blockdev-snapshot-internal-sync", "does not support internal snapshots"),
+        ("blockdev-snapshot-delete-internal-sync", "Failed to get a snapshot list"),
+    ):
+        await refused(qmp, command, {"device": "n", "name": "s"}, said)
         tried.add(command)
     tried.add("block_resize")
+    for name in ("b", "c"):
+        await run("block-dirty-bitmap-add", {"node": "n", "name": name})
+    for verb in ("disable", "enable", "clear"):
+        await run(f"block-dirty-bitmap-{verb}", {"node": "n", "name": "b"})
+        tried.add(f"block-dirty-bitmap-{verb}")
+    await run("block-dirty-bitmap-merge", {"node": "n", "target": "b", "bitmaps": ["c"]})
+    await run("transaction", {"actions": [{"type": "block-dirty-bitmap-clear", "data": {"node": "n", "name": "b"}}]})
+    for name in ("b", "c"):
+        await run("block-dirty-bitmap-remove", {"node": "n", "name": name})
     await run("nbd-server-add", {"device": "n"})
     await run("nbd-server-remove", {"name": "n"})
     await run("nbd-server-stop")
@@ -101,6 +113,9 @@ async def main(path, disk, nbd):
     jobs = await run("query-jobs")
     assert jobs[0]["status"] == "concluded" and "error" not in jobs[0], jobs
     await run("job-dismiss", {"id": "j"})
+    for verb in ("job-cancel", "job-complete", "job-finalize", "job-pause", "job-resume"):
+        await refused(qmp, verb, {"id": "j"}, "Job not found")
+        tried.add(verb)
 
     qmp.send_fd_scm(read_only)
     await run("getfd", {"fdname": "spare"})
