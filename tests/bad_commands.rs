@@ -271,6 +271,18 @@ fn case_36_a_line_of_65_mib_is_refused_within_bounds() {
 }
 
 #[test]
+fn case_36_a_message_of_more_than_2_mi_tokens_is_refused() {
+    let mut wire = Wire::start();
+    wire.negotiate();
+    // The bracket, and 2^20 numbers with a comma each.
+    wire.send(format!("[{}", "1,".repeat(1 << 20)));
+    assert_eq!(wire.answer()["error"]["desc"], "JSON token count limit exceeded");
+    wire.send([1]);
+    while !wire.answer()["error"]["desc"].as_str().unwrap().contains("stray") {}
+    wire.serves_on();
+}
+
+#[test]
 fn case_37_invalid_text_is_a_parse_error() {
     let mut wire = Wire::start();
     wire.negotiate();
@@ -343,6 +355,27 @@ fn a_client_that_leaves_takes_its_pending_descriptors_along_and_the_next_one_sta
     wire.negotiate();
     assert_eq!(wire.error(ADD), "No file descriptor supplied via SCM_RIGHTS");
     assert_eq!(wire.fds().len(), before);
+    wire.serves_on();
+}
+
+#[test]
+fn a_second_client_of_one_socket_is_greeted_when_the_first_has_left() {
+    let mut wire = Wire::start();
+    wire.negotiate();
+    let second = UnixStream::connect(wire.scratch.path("qmp")).unwrap();
+    wire.serves_on();
+    second.set_nonblocking(true).unwrap();
+    let mut lines = BufReader::new(second.try_clone().unwrap());
+    let mut greeting = String::new();
+    assert_eq!(lines.read_line(&mut greeting).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    second.set_nonblocking(false).unwrap();
+    wire.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    lines.read_line(&mut greeting).unwrap();
+    assert!(greeting.starts_with("{\"QMP\": "), "{greeting}");
+    // Negotiation starts afresh.
+    (wire.socket, wire.lines) = (second, lines);
+    assert!(wire.error(r#"{"execute":"query-version"}"#).contains("Expecting capabilities negotiation"));
+    wire.negotiate();
     wire.serves_on();
 }
 

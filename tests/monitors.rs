@@ -5,7 +5,7 @@
 mod harness;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
@@ -196,6 +196,26 @@ fn sets_that_change_and_descriptors_that_stray_are_told_and_can_be_silenced() {
 }
 
 #[test]
+fn a_monitor_that_has_not_negotiated_hears_of_no_event_not_even_later() {
+    let daemon = Started::with(&[]);
+    let mut a = daemon.client("a");
+    let b = UnixStream::connect(daemon.scratch.path("b")).unwrap();
+    let mut lines = BufReader::new(b.try_clone().unwrap());
+    let mut next = || {
+        let mut line = String::new();
+        lines.read_line(&mut line).unwrap();
+        line
+    };
+    assert!(next().contains("QMP"));
+    a.add_fd(4, daemon.disk()).unwrap();
+    assert_eq!(a.event("FDSET_CHANGED"), json!({ "fdset-id": 4, "change": "added" }));
+    (&b).write_all(br#"{"execute":"qmp_capabilities"}"#).unwrap();
+    assert_eq!(next(), "{\"return\": {}}\r\n");
+    a.ok("remove-fd", json!({ "fdset-id": 4 }));
+    assert!(next().contains("\"change\": \"removed\""));
+}
+
+#[test]
 fn a_command_waits_for_a_descriptor_that_another_monitor_passes() {
     let daemon = Started::with(&["--fdset-events", "wanted=600"]);
     let mut b = daemon.client("b");
@@ -223,7 +243,7 @@ fn a_command_that_waits_in_vain_is_answered_as_ever_and_a_client_that_leaves_wai
     let mut b = daemon.client("b");
     let impatient = UnixStream::connect(daemon.scratch.path("a")).unwrap();
     let add = json!({ "execute": "blockdev-add", "arguments": node("n", 5, false) });
-    std::io::Write::write_all(&mut &impatient, format!("{{'execute':'qmp_capabilities'}}{add}").as_bytes()).unwrap();
+    (&impatient).write_all(format!("{{'execute':'qmp_capabilities'}}{add}").as_bytes()).unwrap();
     b.event("FDSET_WANTED");
     drop(impatient);
     // The monitor takes the next client in, and nothing was made for the one that left.
