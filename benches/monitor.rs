@@ -81,9 +81,8 @@ fn round_trips(dir: &Path) {
                 }
             }));
             asked[index].push(per_second(|| drop(call(client, "query-fdsets", json!({}), &[]))));
-            if let Err(e) = client.execute("remove-fd", Map::from_iter([("fdset-id".into(), json!(1))]), &[]) {
-                panic!("{e}");
-            }
+            // The last round may have emptied the set a moment ago: then it is not there.
+            let _ = client.execute("remove-fd", Map::from_iter([("fdset-id".into(), json!(1))]), &[]);
         }
     }
     println!("{:<20} {:>22} {:>30}", "round trips a second", "add-fd", "query-fdsets (up to 500 fds)");
