@@ -16,6 +16,7 @@ use super::bitmap_directory::{
 };
 use super::header::Header;
 use super::meta::Unnamed;
+use super::tables::read_words;
 use crate::bitmap::Bitmap;
 use crate::{Error, Result, Wait};
 
@@ -112,9 +113,7 @@ impl Qcow2 {
 
     /// At most 8 MiB: the directory's check has made sure of that.
     fn bitmap_table(&self, entry: &Entry) -> io::Result<Vec<u64>> {
-        let mut bytes = vec![0; usize::try_from(u64::from(entry.entries) * 8).map_err(|_| Errno::FBIG)?];
-        self.file.read_or_zero(&mut bytes, entry.table, Wait::Allowed)?;
-        Ok(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect())
+        read_words(&self.file, entry.table, entry.entries.into(), Wait::Allowed)
     }
 
     /// Host bytes of one bitmap: its table and what that names.
@@ -201,13 +200,13 @@ impl Qcow2 {
         let mut table = Vec::new();
         for index in 0..len.div_ceil(size) {
             let place = match bitmap.stored(index * size..len.min((index + 1) * size)) {
-                Some(bytes) => self.put_clusters(&bytes)?,
+                Some(bytes) => self.put_table(&bytes)?,
                 None => 0,
             };
             table.extend(place.to_be_bytes());
         }
         Ok(Entry {
-            table: self.put_clusters(&table)?,
+            table: self.put_table(&table)?,
             entries: u32::try_from(table.len() / 8).map_err(|_| Errno::FBIG)?,
             flags: if bitmap.is_enabled() { AUTO } else { 0 },
             granularity_bits: bitmap.granularity_bits(),
@@ -229,7 +228,7 @@ impl Qcow2 {
             self.remove_bitmap_extension()?;
             None
         } else {
-            let offset = self.put_clusters(&bytes)?;
+            let offset = self.put_table(&bytes)?;
             let bitmaps = u32::try_from(entries.len()).map_err(|_| Errno::FBIG)?;
             let new = Directory { bitmaps, len: bytes.len() as u64, offset };
             // With it, whatever it names and the counts of all that.
@@ -297,21 +296,5 @@ impl Qcow2 {
             return refused("Too much space will be occupied by the bitmap. Use larger granularity");
         }
         Ok(())
-    }
-
-    /// Writes bytes in new room; its offset. Nobody names it yet.
-    fn put_clusters(&self, bytes: &[u8]) -> io::Result<u64> {
-        let size = self.rules.cluster_size();
-        let clusters = (bytes.len() as u64).div_ceil(size).max(1);
-        let place = self.with_room(|meta| {
-            let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS).map_err(io::Error::from)?;
-            let room = counts.allocate_row(clusters)?;
-            counts.metadata.extend(room.offset / size..room.offset / size + clusters);
-            Ok(room.offset)
-        })?;
-        let mut padded = bytes.to_vec();
-        padded.resize(usize::try_from(clusters * size).map_err(|_| Errno::FBIG)?, 0);
-        self.file.write_growing(&padded, place, false)?;
-        Ok(place)
     }
 }

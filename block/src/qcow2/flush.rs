@@ -220,14 +220,26 @@ impl Qcow2 {
             return Ok(());
         }
         for cluster in offset >> bits..=(offset + len - 1) >> bits {
-            let Some(counts) = &mut meta.refcounts else { return Ok(()) };
-            match counts.drop_user(cluster) {
-                Ok(0) if meta.compressed_end.is_some_and(|end| end >> bits == cluster) => meta.compressed_end = None,
-                Ok(_) => {}
-                Err(refused) => return Err(self.refusal(meta, refused)),
+            if meta.refcounts.is_none() {
+                return Ok(());
             }
+            self.drop_user(meta, cluster)?;
         }
         Ok(())
+    }
+
+    /// One user of a host cluster less; how many are left. Nothing more is packed into a cluster that has none.
+    pub fn drop_user(&self, meta: &mut Meta, cluster: u64) -> io::Result<u64> {
+        let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS)?;
+        match counts.drop_user(cluster) {
+            Ok(left) => {
+                if left == 0 && meta.compressed_end.is_some_and(|end| end >> self.rules.cluster_bits == cluster) {
+                    meta.compressed_end = None;
+                }
+                Ok(left)
+            }
+            Err(refused) => Err(self.refusal(meta, refused)),
+        }
     }
 
     /// A hint to the node below, which decides whether it gives room back.

@@ -16,6 +16,7 @@ use super::l1::L1;
 use super::meta::Meta;
 use super::refcounts::{MAX_OFFSET, Refcounts};
 use super::slices::Slices;
+use super::tables::read_words;
 use crate::coalesce::Coalesced;
 use crate::driver::{Driver, OpenRequest, OptionValue};
 use crate::encryption::Encryption;
@@ -107,14 +108,9 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
 
 /// At most 32 MiB, which the header's check has made sure of.
 fn read_l1(file: &BlockNode, header: &Header) -> Result<Vec<L1Entry>> {
-    let words = read_words(file, header.l1_offset, u64::from(header.l1_room), "read the L1 table")?;
+    let words = read_words(file, header.l1_offset, u64::from(header.l1_room), Wait::Allowed);
+    let words = words.map_err(|e| Error::io("read the L1 table", e))?;
     Ok(words.into_iter().map(L1Entry).collect())
-}
-
-fn read_words(file: &BlockNode, offset: u64, count: u64, doing: &str) -> Result<Vec<u64>> {
-    let mut bytes = vec![0; usize::try_from(count * 8).unwrap_or(0)];
-    file.read_or_zero(&mut bytes, offset, Wait::Allowed).map_err(|e| Error::io(doing, e))?;
-    Ok(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect())
 }
 
 impl Qcow2 {
@@ -134,7 +130,8 @@ impl Qcow2 {
         }
         // At most 8 MiB, which the header's check has made sure of.
         let entries = u64::from(header.refcount_table_clusters) * self.rules.cluster_size() / 8;
-        let table = read_words(&self.file, header.refcount_table_offset, entries, "read the refcount table")?;
+        let table = read_words(&self.file, header.refcount_table_offset, entries, Wait::Allowed)
+            .map_err(|e| Error::io("read the refcount table", e))?;
         // Bits 0 to 8 are reserved.
         let table = table.into_iter().map(|entry| entry & !0x1ff).collect();
         let (order, offset) = (header.refcount_order, header.refcount_table_offset);

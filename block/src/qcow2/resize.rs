@@ -164,12 +164,7 @@ impl Qcow2 {
         // A quarter more, so that a disk that grows in small steps does not move its table each time.
         let entries = (tables + tables / 4).min(MAX_L1_BYTES / 8);
         let clusters = (entries * 8).div_ceil(rules.cluster_size());
-        let place = self.with_room(|meta| {
-            let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS).map_err(io::Error::from)?;
-            let place = counts.allocate_row(clusters)?;
-            counts.metadata.extend(place.offset >> rules.cluster_bits..(place.offset >> rules.cluster_bits) + clusters);
-            Ok(place.offset)
-        })?;
+        let place = self.table_room(clusters)?;
         let moved = self.move_l1(room, entries, place, clusters);
         let mut meta = self.meta();
         if moved.is_err()

@@ -23,8 +23,8 @@ use super::Qcow2;
 use super::entry::{L1Entry, L2Entry};
 use super::header;
 use super::meta::{Meta, Unnamed};
-use super::refcounts::Refused;
 use super::snapshot_table::{self, Entry};
+use super::tables::read_words;
 use crate::snapshot::{Snapshot, Snapshots};
 use crate::{Error, Result, Wait};
 
@@ -243,13 +243,7 @@ impl Qcow2 {
         if !offset.is_multiple_of(self.rules.cluster_size()) {
             return Err(Errno::IO.into());
         }
-        self.read_table_words(offset, u64::from(entries))
-    }
-
-    fn read_table_words(&self, offset: u64, words: u64) -> io::Result<Vec<u64>> {
-        let mut bytes = vec![0; usize::try_from(words * 8).map_err(|_| Errno::FBIG)?];
-        self.file.read_or_zero(&mut bytes, offset, Wait::Allowed)?;
-        Ok(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect())
+        read_words(&self.file, offset, u64::from(entries), Wait::Allowed)
     }
 
     /// The entries of an L2 table.
@@ -257,7 +251,7 @@ impl Qcow2 {
         if !table.is_multiple_of(self.rules.cluster_size()) {
             return Err(Errno::IO.into());
         }
-        let words = self.read_table_words(table, self.rules.cluster_size() / 8)?;
+        let words = read_words(&self.file, table, self.rules.cluster_size() / 8, Wait::Allowed)?;
         let step = if self.rules.extended { 2 } else { 1 };
         let entry = |words: &[u64]| L2Entry { word: words[0], bitmap: words.get(1).copied().unwrap_or(0) };
         Ok(words.chunks_exact(step).map(entry).collect())
@@ -318,19 +312,12 @@ impl Qcow2 {
     }
 
     fn count_one(&self, meta: &mut Meta, cluster: u64, step: Step) -> io::Result<u64> {
+        if step == Step::Down {
+            return self.drop_user(meta, cluster);
+        }
         let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS)?;
-        let changed = match step {
-            Step::Up => counts.add_user(cluster).map(|()| 2),
-            Step::Down => counts.drop_user(cluster),
-        };
-        match changed {
-            Ok(left) => {
-                if left == 0 && meta.compressed_end.is_some_and(|end| end >> self.rules.cluster_bits == cluster) {
-                    meta.compressed_end = None;
-                }
-                Ok(left)
-            }
-            Err(Refused::Io(e)) => Err(e),
+        match counts.add_user(cluster) {
+            Ok(()) => Ok(2),
             Err(refused) => Err(self.refusal(meta, refused)),
         }
     }
@@ -382,22 +369,6 @@ impl Qcow2 {
             Ok(count) => Ok(count == 1),
             Err(refused) => Err(self.refusal(&mut meta, refused)),
         }
-    }
-
-    /// Writes a table in new room; its offset. Nobody names it yet.
-    fn put_table(&self, bytes: &[u8]) -> io::Result<u64> {
-        let size = self.rules.cluster_size();
-        let clusters = (bytes.len() as u64).div_ceil(size).max(1);
-        let place = self.with_room(|meta| {
-            let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS).map_err(io::Error::from)?;
-            let room = counts.allocate_row(clusters)?;
-            counts.metadata.extend(room.offset / size..room.offset / size + clusters);
-            Ok(room.offset)
-        })?;
-        let mut padded = bytes.to_vec();
-        padded.resize(usize::try_from(clusters * size).map_err(|_| Errno::FBIG)?, 0);
-        self.file.write_growing(&padded, place, false)?;
-        Ok(place)
     }
 
     /// Makes `entries` the image's snapshots.

@@ -9,7 +9,7 @@ use super::Qcow2;
 use super::entry::{Kind, L1Entry, L2Entry};
 use super::meta::{Meta, Unnamed};
 use super::refcounts::Refused;
-use crate::Wait;
+use crate::{BlockNode, Wait};
 
 /// A run of units of one kind, from the first unit asked for.
 pub struct Run {
@@ -128,9 +128,7 @@ impl Qcow2 {
             let mut meta = self.meta();
             return Err(self.corrupt(&mut meta, format!("L2 table offset {table:#x} unaligned"), Some(table)));
         }
-        let mut bytes = vec![0; usize::try_from(rules.slice_words() * 8).unwrap_or(0)];
-        self.file.read_or_zero(&mut bytes, table + self.slice_in_table(number), wait)?;
-        Ok(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect())
+        read_words(&self.file, table + self.slice_in_table(number), rules.slice_words(), wait)
     }
 
     /// Offset in bytes of a slice in its table.
@@ -235,6 +233,28 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Room in a row for a table, where nothing but metadata may stand from now on; its offset.
+    pub fn table_room(&self, clusters: u64) -> io::Result<u64> {
+        self.with_room(|meta| {
+            let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS).map_err(io::Error::from)?;
+            let room = counts.allocate_row(clusters)?;
+            let first = room.offset >> self.rules.cluster_bits;
+            counts.metadata.extend(first..first + clusters);
+            Ok(room.offset)
+        })
+    }
+
+    /// Writes a table in new room; its offset. Nobody names it yet.
+    pub fn put_table(&self, bytes: &[u8]) -> io::Result<u64> {
+        let size = self.rules.cluster_size();
+        let clusters = (bytes.len() as u64).div_ceil(size).max(1);
+        let place = self.table_room(clusters)?;
+        let mut padded = bytes.to_vec();
+        padded.resize(usize::try_from(clusters * size).map_err(|_| Errno::FBIG)?, 0);
+        self.file.write_growing(&padded, place, false)?;
+        Ok(place)
+    }
+
     /// Host bytes that the entry of guest cluster `cluster` names, to be let go.
     pub fn host_bytes(&self, entry: L2Entry, cluster: u64) -> Option<Unnamed> {
         if entry.is_compressed() {
@@ -264,6 +284,14 @@ impl Qcow2 {
             None => Ok(()),
         }
     }
+}
+
+/// `count` words of a table at byte `offset` of `file`, with zeroes past its end.
+pub fn read_words(file: &BlockNode, offset: u64, count: u64, wait: Wait) -> io::Result<Vec<u64>> {
+    let len = count.checked_mul(8).and_then(|bytes| usize::try_from(bytes).ok());
+    let mut bytes = vec![0; len.ok_or(Errno::FBIG)?];
+    file.read_or_zero(&mut bytes, offset, wait)?;
+    Ok(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect())
 }
 
 /// A slice that is not on disk yet.
