@@ -5,11 +5,10 @@
 mod harness;
 
 use std::fs::File;
-use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
-use harness::{DOORLESS, Scratch, Serve, TestDaemon, judges, noise, python_with, run, text};
-use rustix::process::{Pid, Signal, kill_process};
+use harness::{DOORLESS, Running, Scratch, Serve, TestDaemon, judges, noise, python_with, run, text};
+use rustix::process::Signal;
 use serde_json::json;
 
 const SIZE: usize = 8 << 20;
@@ -147,27 +146,6 @@ fn nbd_client_lists_the_exports() {
     assert!(listed.lines().any(|line| line == "one") && listed.lines().any(|line| line == "two"), "{listed}");
 }
 
-/// A server in a child process, until the value goes.
-struct Running(Child);
-
-impl Running {
-    fn start(program: &str, arguments: &[&str], socket: &str) -> Running {
-        let mut child = Command::new(program).args(arguments).stdout(Stdio::null()).spawn().unwrap();
-        while UnixStream::connect(socket).is_err() {
-            assert_eq!(child.try_wait().unwrap(), None, "{program} {arguments:?}");
-            std::thread::yield_now();
-        }
-        Running(child)
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = kill_process(Pid::from_child(&self.0), Signal::TERM);
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn nbdkits_nbd_plugin_passes_on_what_it_gets_from_us() {
     if !judges("nbdkits_nbd_plugin_passes_on_what_it_gets_from_us", &["nbdkit", "nbdcopy", "nbdinfo"]) {
@@ -177,7 +155,7 @@ fn nbdkits_nbd_plugin_passes_on_what_it_gets_from_us() {
     let server = served(&scratch);
     let relay = scratch.name("relay");
     let source = format!("uri={}", server.uri);
-    let _nbdkit = Running::start("nbdkit", &["-f", "-U", &relay, "nbd", &source], &relay);
+    let _nbdkit = Running::start("nbdkit", &["-f", "-U", &relay, "nbd", &source], &relay, Signal::TERM);
     let through = format!("nbd+unix:///?socket={relay}");
     let copy = scratch.name("copy");
     run("nbdcopy", &[&through, &copy]);
@@ -216,7 +194,7 @@ fn allocation_depths_are_those_that_qemu_nbd_tells() {
         let maps = [&["qemu-nbd"][..], &[DOORLESS, "nbd"]].map(|program| {
             let socket = scratch.name("socket");
             let options = [&program[1..], &["-t", "-r", "-A", "-f", format, "-k", &socket, image]].concat();
-            let _server = Running::start(program[0], &options, &socket);
+            let _server = Running::start(program[0], &options, &socket, Signal::TERM);
             let uri = format!("nbd+unix:///?socket={socket}");
             let map = run("nbdinfo", &["--map=qemu:allocation-depth", &uri]);
             let _ = std::fs::remove_file(socket);

@@ -7,39 +7,23 @@ mod harness;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
 
-use harness::{Scratch, TestDaemon, judges, noise, run};
-use rustix::process::{Pid, Signal, kill_process};
+use harness::{Running, Scratch, TestDaemon, judges, noise, run};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 const SIZE: usize = 8 << 20;
 
-/// A server in a child process, until the value goes.
-struct Running(Child);
-
-impl Running {
-    fn start(program: &str, arguments: &[&str], socket: &str) -> Running {
-        let mut child = Command::new(program).args(arguments).stdout(Stdio::null()).spawn().unwrap();
-        while UnixStream::connect(socket).is_err() {
-            assert_eq!(child.try_wait().unwrap(), None, "{program} {arguments:?}");
-            std::thread::yield_now();
-        }
-        Running(child)
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = kill_process(Pid::from_child(&self.0), Signal::KILL);
-        let _ = self.0.wait();
-    }
-}
-
 fn qemu_nbd(socket: &str, image: &str) -> Running {
     let _ = std::fs::remove_file(socket);
-    Running::start("qemu-nbd", &["-t", "-e", "8", "-f", "raw", "--discard=unmap", "-k", socket, image], socket)
+    Running::start(
+        "qemu-nbd",
+        &["-t", "-e", "8", "-f", "raw", "--discard=unmap", "-k", socket, image],
+        socket,
+        Signal::KILL,
+    )
 }
 
 /// Passes a connection to `socket` under the name `s`.
@@ -76,7 +60,7 @@ fn a_disk_of_each_server_is_read_written_and_mapped_through_us() {
         let _ = std::fs::remove_file(&socket);
         let server = match server {
             None => qemu_nbd(&socket, &image),
-            Some(arguments) => Running::start("nbdkit", arguments, &socket),
+            Some(arguments) => Running::start("nbdkit", arguments, &socket, Signal::KILL),
         };
         let mut daemon = TestDaemon::start();
         add(&mut daemon, &socket, &json!({}));
@@ -160,7 +144,7 @@ fn without_a_delay_a_lost_connection_fails_requests_at_once_and_an_event_asks_fo
         .stdin(Stdio::from(std::os::fd::OwnedFd::from(listener)))
         .spawn()
         .unwrap();
-    let _daemon = Running(child);
+    let _daemon = Running(child, Signal::KILL);
     let mut client = qmp::Client::new(UnixStream::connect(scratch.path("qmp")).unwrap()).unwrap();
     let connection = UnixStream::connect(&socket).unwrap();
     let arguments = |value: Value| value.as_object().unwrap().clone();

@@ -5,17 +5,13 @@
 mod support;
 
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 
-use block::{
-    Alarm, Ask, BlockNode, Driver, Mapping, NodeAccess, OpenRequest, Preallocation, Prepared, Target, ZeroFlags,
-    driver_named,
-};
-use support::{Nodes, Random, in_memory, judge, memory, name_in, read, run, text, to_disk};
+use block::BlockNode;
+use support::requests::{random_requests, with_a_full_disk};
+use support::{Nodes, in_memory, judge, memory, name_in, read, run, text, to_disk};
 
 /// Format, options of qemu-img, bytes.
 const KINDS: &[(&str, &str, u64)] = &[
@@ -59,46 +55,11 @@ fn random_requests_leave_what_a_vector_of_bytes_has() {
     for &(format, options, size) in KINDS {
         let dir = tempfile::tempdir().unwrap();
         let image = create(format, options, size, dir.path());
-        let (mut nodes, mut node) = open(format, &image, true).unwrap();
+        let len = open(format, &image, false).unwrap().1.len();
         // A VHD's size may be rounded up to what cylinders can say.
-        assert!(node.len() >= size && node.len() < size + (1 << 20), "{format} {options}: {}", node.len());
-        let mut bytes = vec![0; node.len() as usize];
-        let mut random = Random(size ^ options.len() as u64);
-        for _ in 0..1500 {
-            let offset = random.below(bytes.len() as u64);
-            let len = (1 + random.below(300_000)).min(bytes.len() as u64 - offset);
-            let range = offset as usize..(offset + len) as usize;
-            match random.below(10) {
-                0..4 => {
-                    let fill = (random.next() >> 40) as u8;
-                    node.write(&vec![fill; range.len()], offset, false).unwrap();
-                    bytes[range].fill(fill);
-                }
-                4 => {
-                    let flags = ZeroFlags { may_unmap: random.below(2) == 0, fast_only: false };
-                    node.write_zeroes(offset, len, flags, false).unwrap();
-                    bytes[range].fill(0);
-                }
-                5 => {
-                    node.discard(offset, len).unwrap();
-                    let after = read(&node, offset, range.len()).unwrap();
-                    assert!(after.iter().zip(&bytes[range.clone()]).all(|(now, before)| now == before || *now == 0));
-                    bytes[range].copy_from_slice(&after);
-                }
-                6 if random.below(8) == 0 => {
-                    drop((node, nodes));
-                    (nodes, node) = open(format, &image, true).unwrap();
-                }
-                7 => node.flush().unwrap(),
-                _ => {
-                    assert!(
-                        read(&node, offset, range.len()).unwrap() == bytes[range],
-                        "{format} {options} at {offset}"
-                    );
-                }
-            }
-        }
-        drop((node, nodes));
+        assert!(len >= size && len < size + (1 << 20), "{format} {options}: {len}");
+        let kind = format!("{format} {options}");
+        let bytes = random_requests(&kind, size ^ options.len() as u64, || open(format, &image, true).unwrap());
         compare(format, &image, &bytes, dir.path());
     }
 }
@@ -124,96 +85,17 @@ fn images_filled_by_qemu_are_read_and_mapped_as_it_says() {
     }
 }
 
-/// A file whose host refuses one write: the disk is full for a moment.
-struct Full {
-    file: Arc<BlockNode>,
-    /// Writes until the refused one.
-    left: Arc<AtomicI64>,
-}
-
-impl Driver for Full {
-    fn len(&self) -> u64 {
-        self.file.len()
-    }
-
-    fn map(&self, offset: u64, len: u64, _: Ask) -> io::Result<Mapping<'_>> {
-        Ok(Mapping::fixed(Target::Child { node: &self.file, offset }, len))
-    }
-
-    fn prepare_write(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
-        match self.left.fetch_sub(1, Ordering::SeqCst) {
-            0 => Err(io::Error::from_raw_os_error(28)),
-            _ => Ok(Prepared::in_place(Target::Data { node: &self.file, offset }, len)),
-        }
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
-        self.file.write_zeroes(offset, len, flags, false)
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.file.discard(offset, len)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.file.flush()
-    }
-
-    fn grows(&self) -> bool {
-        true
-    }
-
-    fn resize(&self, len: u64, preallocation: Preallocation) -> block::Result<()> {
-        self.file.resize(len, preallocation)
-    }
-}
-
 #[test]
 fn a_failed_allocation_loses_nothing_that_is_flushed_later() {
     if !judge("a_failed_allocation_loses_nothing_that_is_flushed_later", "qemu-img") {
         return;
     }
     for &(format, options, size) in &KINDS[..3] {
-        for refused_write in 0..5 {
+        for refused in 0..9 {
             let dir = tempfile::tempdir().unwrap();
             let image = create(format, options, size, dir.path());
-            let mut nodes = Nodes::new();
-            let name = nodes.file(&image, true);
-            let access = NodeAccess { writable: true, unmap: true };
-            let left = Arc::new(AtomicI64::new(i64::MAX));
-            let file = Arc::clone(nodes.graph.get(&name).unwrap());
-            let full = BlockNode::new("full", "test", "", access, Box::new(Full { file, left: Arc::clone(&left) }));
-            let driver = (driver_named(format).unwrap().open)(OpenRequest {
-                descriptor: None,
-                filename: String::new(),
-                children: [("file", Arc::new(full))].into(),
-                detached: [].into(),
-                options: [].into(),
-                writable: true,
-                node_name: "image".into(),
-                alarm: Alarm::default(),
-            });
-            let node = BlockNode::new("image", driver_named(format).unwrap().name, "", access, driver.unwrap());
-            let mut bytes = vec![0; node.len() as usize];
-            left.store(refused_write, Ordering::SeqCst);
-            let mut failures = 0;
-            for (index, offset) in [3 << 20, 100, (2 << 20) - 2048, 4 << 20].into_iter().enumerate() {
-                let range = offset..offset + 4096;
-                let content = vec![index as u8 + 1; 4096];
-                while let Err(e) = node.write(&content, offset as u64, false).and_then(|()| node.flush()) {
-                    assert_eq!(e.raw_os_error(), Some(28), "{format} {options} {refused_write}: {e}");
-                    failures += 1;
-                    assert!(
-                        failures < 2,
-                        "{format} {options} {refused_write}: one write of the host's fails, and one of the guest's with it"
-                    );
-                }
-                bytes[range].copy_from_slice(&content);
-            }
-            assert_eq!(failures, 1, "{format}, host write {refused_write}");
-            // As after a crash: nothing but what was flushed is on disk.
-            std::mem::forget(node);
-            compare(format, &image, &bytes, dir.path());
+            let (bytes, left) = with_a_full_disk(format, &format!("{format} {options}"), &image, refused);
+            compare(format, &left, &bytes, dir.path());
         }
     }
 }

@@ -10,9 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use block::{Alarm, BlockNode, InfoValue, NodeAccess, OpenRequest, ZeroFlags, driver_named, inspect};
+use block::{BlockNode, InfoValue, ZeroFlags, inspect};
 use rustix::io::Errno;
-use support::recording::{Fault, Journal, recorded};
+use support::requests::{random_requests, with_a_full_disk};
 use support::{Nodes, Random, in_memory, judge, memory, name_in, read, run, text, to_disk};
 
 const SIZE: u64 = (9 << 20) + 512;
@@ -151,39 +151,7 @@ fn random_requests_leave_what_a_vector_of_bytes_has() {
     for options in SPARSE {
         let dir = tempfile::tempdir().unwrap();
         let image = create(options, dir.path());
-        let (mut nodes, mut node) = open(&image, true).unwrap();
-        let mut bytes = vec![0; SIZE as usize];
-        let mut random = Random(SIZE ^ options.len() as u64);
-        for _ in 0..1500 {
-            let offset = random.below(SIZE);
-            let len = (1 + random.below(300_000)).min(SIZE - offset);
-            let range = offset as usize..(offset + len) as usize;
-            match random.below(10) {
-                0..4 => {
-                    let fill = (random.next() >> 40) as u8;
-                    node.write(&vec![fill; range.len()], offset, false).unwrap();
-                    bytes[range].fill(fill);
-                }
-                4 => {
-                    let flags = ZeroFlags { may_unmap: random.below(2) == 0, fast_only: false };
-                    node.write_zeroes(offset, len, flags, false).unwrap();
-                    bytes[range].fill(0);
-                }
-                5 => {
-                    node.discard(offset, len).unwrap();
-                    let after = read(&node, offset, range.len()).unwrap();
-                    assert!(after.iter().zip(&bytes[range.clone()]).all(|(now, before)| now == before || *now == 0));
-                    bytes[range].copy_from_slice(&after);
-                }
-                6 if random.below(8) == 0 => {
-                    drop((node, nodes));
-                    (nodes, node) = open(&image, true).unwrap();
-                }
-                7 => node.flush().unwrap(),
-                _ => assert!(read(&node, offset, range.len()).unwrap() == bytes[range], "{options} at {offset}"),
-            }
-        }
-        drop((node, nodes));
+        let bytes = random_requests(options, SIZE ^ options.len() as u64, || open(&image, true).unwrap());
         compare(&image, &bytes, dir.path());
         // The second copy of the tables says the same as the first: QEMU reads one, another program the other.
         let mut header = [0; 64];
@@ -236,42 +204,7 @@ fn a_failed_allocation_loses_nothing_that_is_flushed_later() {
     for refused in 0..20 {
         let dir = tempfile::tempdir().unwrap();
         let image = create(SPARSE[0], dir.path());
-        let mut content = vec![0; image.metadata().unwrap().len() as usize];
-        image.read_exact_at(&mut content, 0).unwrap();
-        let journal = Journal::silent();
-        let (file, content) = recorded(&journal, 0, content);
-        let access = NodeAccess { writable: true, unmap: true };
-        let driver = (driver_named("vmdk").unwrap().open)(OpenRequest {
-            descriptor: None,
-            filename: String::new(),
-            children: [("file", file)].into(),
-            detached: [].into(),
-            options: [].into(),
-            writable: true,
-            node_name: "image".into(),
-            alarm: Alarm::default(),
-        });
-        let node = BlockNode::new("image", "vmdk", "", access, driver.unwrap());
-        journal.set_fault(Some(Fault { first: refused, count: 1, errno: Errno::NOSPC, reads: false }));
-        let mut bytes = vec![0; SIZE as usize];
-        let mut failures = 0;
-        for (index, offset) in [3 << 20, 100, (2 << 20) - 2048, 4 << 20].into_iter().enumerate() {
-            let data = vec![index as u8 + 1; 4096];
-            while let Err(e) = node.write(&data, offset as u64, false).and_then(|()| node.flush()) {
-                assert_eq!(e.raw_os_error(), Some(28), "host operation {refused}: {e}");
-                failures += 1;
-                assert!(
-                    failures < 2,
-                    "host operation {refused}: one of the host's fails, and one of the guest's with it"
-                );
-            }
-            bytes[offset..offset + 4096].copy_from_slice(&data);
-        }
-        assert!(failures == 1, "host operation {refused}");
-        // As after a crash: nothing but what was flushed is on disk.
-        std::mem::forget(node);
-        let left = memory();
-        left.write_all_at(&content.lock().unwrap(), 0).unwrap();
+        let (bytes, left) = with_a_full_disk("vmdk", SPARSE[0], &image, refused);
         compare(&left, &bytes, dir.path());
     }
 }

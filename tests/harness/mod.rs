@@ -4,12 +4,13 @@
 
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 
 use manager::daemon::Daemon;
 use manager::inspector::Program;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 pub const DOORLESS: &str = env!("CARGO_BIN_EXE_doorless");
@@ -124,8 +125,7 @@ impl Serve {
 
     /// Ctrl-C, and the end.
     pub fn interrupt(mut self) -> ExitStatus {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
         self.child.wait().unwrap()
     }
 }
@@ -240,4 +240,26 @@ pub fn noise(len: usize, seed: u64) -> Vec<u8> {
 
 pub fn text(path: &Path) -> &str {
     path.to_str().unwrap()
+}
+
+/// A server in a child process; dropping the value sends it the signal and waits for its end.
+pub struct Running(pub Child, pub Signal);
+
+impl Running {
+    /// Starts it, and returns when it takes clients at `socket`.
+    pub fn start(program: &str, arguments: &[&str], socket: &str, end: Signal) -> Running {
+        let mut child = Command::new(program).args(arguments).stdout(Stdio::null()).spawn().unwrap();
+        while UnixStream::connect(socket).is_err() {
+            assert_eq!(child.try_wait().unwrap(), None, "{program} {arguments:?}");
+            std::thread::yield_now();
+        }
+        Running(child, end)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = kill_process(Pid::from_child(&self.0), self.1);
+        let _ = self.0.wait();
+    }
 }

@@ -5,6 +5,7 @@
 pub mod guest;
 pub mod image;
 pub mod recording;
+pub mod requests;
 pub mod session;
 pub mod walk;
 
