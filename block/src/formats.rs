@@ -6,10 +6,17 @@
 use std::sync::Arc;
 
 use crate::driver::{OptionKind, OptionSpec, OptionValue, Options};
-use crate::{BlockNode, Error, ErrorKind, Preallocation, Result, qcow2};
+use crate::{BlockNode, Error, ErrorKind, Preallocation, Result, luks, qcow2};
 
 /// Every format of which an image can be more than opened, one line each.
 pub const FORMATS: &[Format] = &[
+    Format {
+        name: "luks",
+        create_options: luks::create::OPTIONS,
+        create: luks::create::create,
+        check: None,
+        amend: None,
+    },
     Format {
         name: "qcow2",
         create_options: qcow2::create::OPTIONS,

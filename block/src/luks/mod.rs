@@ -6,9 +6,11 @@
 //! a hole.
 
 mod cipher;
+pub(crate) mod create;
 mod driver;
 pub(crate) mod header;
 mod keys;
+pub(crate) mod options;
 mod volume;
 
 pub use cipher::{Cipher, CipherSpec, IvGenerator, Mode, SECTOR};

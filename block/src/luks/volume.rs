@@ -41,6 +41,13 @@ pub struct FormatOptions {
     pub detached: bool,
 }
 
+impl FormatOptions {
+    /// Bytes of the header with all key material: where the payload begins, if it is in the same file.
+    pub fn header_bytes(&self) -> u64 {
+        slot_offset(self.cipher, SLOTS)
+    }
+}
+
 impl Default for FormatOptions {
     /// As QEMU has it: AES-256 in XTS with plain64, SHA-256, two seconds.
     fn default() -> FormatOptions {
@@ -115,7 +122,7 @@ fn try_slot(
 /// `Io` if the host has no random bytes.
 pub fn format(options: &FormatOptions, passphrase: &[u8]) -> Result<(Vec<u8>, Volume)> {
     let FormatOptions { cipher, hash, iter_time, detached } = *options;
-    let end = slot_offset(cipher, SLOTS);
+    let end = options.header_bytes();
     let key = random(cipher.key_bytes())?;
     let limit = MOST_WORK / 4 / hash.work(1, cipher.key_bytes());
     let iterations = hash.iterations_in(iter_time, cipher.key_bytes()).clamp(FEWEST, limit);

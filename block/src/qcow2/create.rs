@@ -3,16 +3,17 @@
 //! image.
 //!
 //! ```text
-//!  header | refcount table | refcount blocks | L1 table | with preallocation: L2 tables | clusters, in the guest's order
+//!  header | refcount table | refcount blocks | L1 table | LUKS header | with preallocation: L2 tables | clusters, in order
 //! ```
 
 use super::entry::{L1Entry, L2Entry, Rules};
-use super::header::{self, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
+use super::header::{self, EXT_LUKS, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 use super::refcounts::set_count_at;
 use super::rewrite::{EXT_BACKING_FORMAT, EXT_DATA_FILE, Parts};
 use crate::driver::{OptionKind, OptionSpec, OptionValue, Options};
 use crate::formats::{CreateRequest, preallocation_named};
-use crate::{BlockNode, Error, Preallocation, Result};
+use crate::luks::{self, FormatOptions};
+use crate::{BlockNode, Error, Preallocation, Result, Secret};
 
 /// QEMU's options, with its names.
 pub const OPTIONS: &[OptionSpec] = &[
@@ -23,8 +24,15 @@ pub const OPTIONS: &[OptionSpec] = &[
     spec("compression_type", OptionKind::Str, "how clusters are compressed: zlib or zstd"),
     spec("data_file", OptionKind::Str, "file name of an external data file, as text"),
     spec("data_file_raw", OptionKind::Bool, "the external data file stays valid as a raw image"),
-    spec("encrypt.format", OptionKind::Str, "not supported"),
-    spec("encryption", OptionKind::Bool, "not supported"),
+    spec("encrypt.cipher-alg", OptionKind::Str, luks::options::CIPHER_ALG),
+    spec("encrypt.cipher-mode", OptionKind::Str, luks::options::CIPHER_MODE),
+    spec("encrypt.format", OptionKind::Str, "how the image is encrypted: luks"),
+    spec("encrypt.hash-alg", OptionKind::Str, luks::options::HASH_ALG),
+    spec("encrypt.iter-time", OptionKind::Size, luks::options::ITER_TIME),
+    spec("encrypt.ivgen-alg", OptionKind::Str, luks::options::IVGEN_ALG),
+    spec("encrypt.ivgen-hash-alg", OptionKind::Str, luks::options::IVGEN_HASH_ALG),
+    spec("encrypt.key-secret", OptionKind::Secret, luks::options::KEY_SECRET),
+    spec("encryption", OptionKind::Bool, "not supported: AES as it was used before LUKS is broken"),
     spec("extended_l2", OptionKind::Bool, "clusters have subclusters"),
     spec("lazy_refcounts", OptionKind::Bool, "refcount updates may be postponed"),
     spec("preallocation", OptionKind::Str, "off, metadata, falloc or full"),
@@ -50,6 +58,7 @@ struct Wanted<'a> {
     backing_file: Option<&'a str>,
     backing_format: Option<&'a str>,
     preallocation: Preallocation,
+    luks: Option<(FormatOptions, &'a Secret)>,
 }
 
 impl<'a> Wanted<'a> {
@@ -66,9 +75,19 @@ impl<'a> Wanted<'a> {
         let unknown = |name: &str, value: &str| {
             Err(Error::invalid(format!("Parameter '{name}' does not accept value '{}'", value.escape_debug())))
         };
-        if text("encrypt.format").is_some() || is_on("encryption") {
-            return Err(Error::unsupported("this version makes no encrypted images; leave 'encrypt.format' out"));
+        if is_on("encryption") || text("encrypt.format") == Some("aes") {
+            return Err(Error::unsupported(
+                "no images are made that are encrypted with AES, which is broken; give 'encrypt.format' = 'luks'",
+            ));
         }
+        let luks = match text("encrypt.format") {
+            Some("luks") => Some(luks::options::read(options, "encrypt.")?),
+            Some(other) => return unknown("format", other),
+            None if options.keys().any(|name| name.starts_with("encrypt.")) => {
+                return Err(Error::invalid("Parameter 'encrypt.format' is missing"));
+            }
+            None => None,
+        };
         let version = match text("compat") {
             None | Some("1.1" | "v3") => 3,
             Some("0.10" | "v2") => 2,
@@ -98,6 +117,7 @@ impl<'a> Wanted<'a> {
             backing_file: text("backing_file").filter(|name| !name.is_empty()),
             backing_format: text("backing_fmt"),
             preallocation,
+            luks,
         };
         wanted.check(cluster_size, refcount_bits)?;
         Ok(wanted)
@@ -144,6 +164,15 @@ impl<'a> Wanted<'a> {
             (self.backing_format.is_some_and(|format| format.len() > 15), "Backing format name too long"),
             (self.backing_file.is_some_and(|name| name.len() > 1023), "Backing file name too long"),
             (self.data_file.is_some_and(|name| name.len() > 1023), "Data file name too long"),
+            (
+                self.data_file_raw && self.luks.is_some(),
+                "data-file-raw and encryption cannot be used at the same time: the data file would not be raw",
+            ),
+            (
+                self.luks.is_some() && self.preallocation != Preallocation::Off && !new,
+                "Preallocation of an encrypted image needs compatibility level 1.1 and above (use version=v3 or greater): \
+                 without zero clusters the disk would be full of noise",
+            ),
             (!self.size.is_multiple_of(512), "Image size must be a multiple of 512 bytes"),
             (i64::try_from(self.size).is_err(), TOO_LARGE),
         ];
@@ -159,6 +188,7 @@ struct Layout {
     table: u64,
     blocks: u64,
     l1: u64,
+    luks: u64,
     l2: u64,
     data: u64,
     /// One past the last cluster in use.
@@ -178,20 +208,23 @@ impl Layout {
         }
         let is_preallocated = wanted.preallocation != Preallocation::Off;
         let l1_clusters = (tables * 8).div_ceil(size).max(1);
+        let luks_clusters = wanted.luks.map_or(0, |(options, _)| options.header_bytes().div_ceil(size));
         let l2_clusters = if is_preallocated { tables } else { 0 };
         let data_clusters = if is_preallocated && !rules.external_data { wanted.size.div_ceil(size) } else { 0 };
         let per_block = (8 << rules.cluster_bits) >> wanted.refcount_order;
         let (mut table_clusters, mut blocks) = (1, 1);
         loop {
-            let end = 1 + table_clusters + blocks + l1_clusters + l2_clusters + data_clusters;
+            let end = 1 + table_clusters + blocks + l1_clusters + luks_clusters + l2_clusters + data_clusters;
             let more = (end.div_ceil(per_block), (blocks * 8).div_ceil(size));
             if more.0 <= blocks && more.1 <= table_clusters {
                 let l1 = 1 + table_clusters + blocks;
-                let l2 = l1 + l1_clusters;
+                let luks = l1 + l1_clusters;
+                let l2 = luks + luks_clusters;
                 return Ok(Layout {
                     table: 1,
                     blocks: 1 + table_clusters,
                     l1,
+                    luks,
                     l2,
                     data: l2 + l2_clusters,
                     end,
@@ -213,9 +246,14 @@ pub fn create(request: &CreateRequest) -> Result<()> {
     let header = first_cluster(&wanted, &layout)?;
     let file = &request.file;
     let failed = |e| Error::io("write the image", e);
+    // It takes its time: before anything is lost.
+    let luks = wanted.luks.map(|(options, secret)| luks::format(&options, secret.bytes())).transpose()?;
     file.resize(0, Preallocation::Off)?;
     write_refcounts(file, &wanted, &layout)?;
     write_tables(file, &wanted, &layout)?;
+    if let Some((header, _)) = luks {
+        write(file, &header, layout.luks << wanted.rules.cluster_bits)?;
+    }
     let end = layout.end << wanted.rules.cluster_bits;
     if file.len() < end {
         let mode =
@@ -247,6 +285,7 @@ fn first_cluster(wanted: &Wanted<'_>, layout: &Layout) -> Result<Vec<u8>> {
     };
     let mut parts = Parts::new(rules.version, rules.cluster_bits);
     parts.put(24, &wanted.size.to_be_bytes());
+    parts.put(32, &u32_of(if wanted.luks.is_some() { header::CRYPT_LUKS } else { 0 }));
     parts.put(36, &u32_of(layout.tables));
     parts.put(40, &place(layout.l1));
     parts.put(48, &place(layout.table));
@@ -263,6 +302,8 @@ fn first_cluster(wanted: &Wanted<'_>, layout: &Layout) -> Result<Vec<u8>> {
     parts.put(104, &[u8::from(wanted.zstd)]);
     parts.set_extension(EXT_DATA_FILE, wanted.data_file.map(str::as_bytes));
     parts.set_extension(EXT_BACKING_FORMAT, wanted.backing_format.map(str::as_bytes));
+    let luks = wanted.luks.map(|(options, _)| [place(layout.luks), options.header_bytes().to_be_bytes()].concat());
+    parts.set_extension(EXT_LUKS, luks.as_deref());
     parts.set_backing_name(wanted.backing_file.unwrap_or_default());
     parts.encode()
 }
@@ -304,7 +345,7 @@ fn write_tables(file: &BlockNode, wanted: &Wanted<'_>, layout: &Layout) -> Resul
         true => L1Entry::exclusive((layout.l2 + index) << bits).0,
         false => 0,
     };
-    let l1: Vec<u8> = (0..(layout.l2 - layout.l1) * size / 8).flat_map(|index| entry(index).to_be_bytes()).collect();
+    let l1: Vec<u8> = (0..(layout.luks - layout.l1) * size / 8).flat_map(|index| entry(index).to_be_bytes()).collect();
     write(file, &l1, layout.l1 << bits)?;
     if !is_preallocated {
         return Ok(());
@@ -315,8 +356,11 @@ fn write_tables(file: &BlockNode, wanted: &Wanted<'_>, layout: &Layout) -> Resul
     for index in 0..layout.tables {
         table.clear();
         for cluster in index * rules.l2_entries()..((index + 1) * rules.l2_entries()).min(clusters) {
-            let word = L2Entry::stored((first + cluster) << bits, rules).word;
-            table.extend(word.to_be_bytes());
+            let place = (first + cluster) << bits;
+            // What was never encrypted would read as noise.
+            let is_noise = wanted.luks.is_some() && !rules.extended;
+            let entry = if is_noise { L2Entry::zero(Some(place), rules) } else { L2Entry::stored(place, rules) };
+            table.extend(entry.word.to_be_bytes());
             if rules.extended {
                 // The room is there; what is in it is up to whoever writes first.
                 table.extend([0; 8]);

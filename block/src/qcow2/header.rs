@@ -52,7 +52,10 @@ const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXT_DATA_FILE: u32 = 0x4441_5441;
-const EXT_LUKS: u32 = 0x0537_be77;
+/// Header extension type of where the LUKS header is.
+pub const EXT_LUKS: u32 = 0x0537_be77;
+/// Encryption method: LUKS.
+pub const CRYPT_LUKS: u64 = 2;
 /// Longest LUKS header: eight slots for the longest keys take 2 MiB.
 const MAX_LUKS: u64 = 16 << 20;
 
