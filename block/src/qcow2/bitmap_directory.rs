@@ -134,8 +134,8 @@ pub fn parse(mut rest: &[u8], count: u32, rules: Rules, size: u64) -> Result<Vec
             && (1..=MAX_NAME).contains(&name_len);
         // One in use was perhaps left behind by a disk of another size.
         let is_long_enough =
-            entry.flags & IN_USE != 0 || size.div_ceil(1 << entry.granularity_bits).div_ceil(8) <= content;
-        if !(is_sound && is_long_enough && names.insert(entry.name.clone())) {
+            || entry.flags & IN_USE != 0 || size.div_ceil(1 << entry.granularity_bits).div_ceil(8) <= content;
+        if !(is_sound && is_long_enough() && names.insert(entry.name.clone())) {
             let name = entry.name.escape_debug();
             return Err(Error::corrupt(format!("Bitmap '{name}' doesn't satisfy the constraints")));
         }

@@ -29,7 +29,9 @@ impl Check<'_> {
 
     fn l1_flags(&mut self) -> Result<()> {
         let mut l1 = std::mem::take(&mut self.l1);
-        let fix = self.fixes_flags();
+        let clusters = (l1.len() as u64 * 8).div_ceil(self.rules.cluster_size());
+        let places = (0..clusters).map(|index| self.header.l1_offset + (index << self.rules.cluster_bits));
+        let fix = self.fixes_flags() && places.into_iter().all(|place| self.is_alone(place, 1));
         let mut changed: Option<(usize, usize)> = None;
         for (index, entry) in l1.iter_mut().enumerate().filter(|(_, entry)| **entry & OFFSET != 0) {
             let Some(is_one) = self.is_one((*entry & OFFSET) >> self.rules.cluster_bits) else { continue };
@@ -56,7 +58,7 @@ impl Check<'_> {
         if active == 0 {
             return Ok(());
         }
-        let fix = self.fixes_flags();
+        let fix = self.fixes_flags() && table.is_alone;
         let entry_size = usize::try_from(self.rules.entry_words() * 8).unwrap_or(8);
         for at in (0..table.bytes.len()).step_by(entry_size) {
             let word = table.word(at);

@@ -50,6 +50,8 @@ impl Tables {
 /// A table in memory.
 pub struct Table<'a> {
     pub uses: Uses,
+    /// Nothing else stands where it does, as far as was counted: it may be changed.
+    pub is_alone: bool,
     pub bytes: &'a mut [u8],
     /// Bytes from the first to past the last that were changed.
     changed: Option<(usize, usize)>,
@@ -87,7 +89,8 @@ impl<'a> Check<'a> {
                 Ok(mut bytes) => {
                     let pieces = bytes.chunks_mut(usize::try_from(size).unwrap_or(1));
                     for ((offset, uses), bytes) in run.drain(..).zip(pieces) {
-                        let mut table = Table { uses, bytes, changed: None };
+                        let is_alone = self.is_alone(offset, uses.all);
+                        let mut table = Table { uses, is_alone, bytes, changed: None };
                         look(self, &mut table)?;
                         if let Some((start, end)) = table.changed {
                             self.write(&table.bytes[start..end], offset + start as u64)?;
@@ -102,6 +105,11 @@ impl<'a> Check<'a> {
         }
         self.tables = tables;
         Ok(())
+    }
+
+    /// Whether the cluster at `offset` holds a table that is named `times` times, and nothing else, as far as was counted.
+    pub(super) fn is_alone(&self, offset: u64, times: u64) -> bool {
+        offset.is_multiple_of(self.rules.cluster_size()) && self.counts.get(offset >> self.rules.cluster_bits) == times
     }
 
     /// Counts what every L2 table names.
@@ -132,7 +140,7 @@ impl<'a> Check<'a> {
         let Uses { all, active } = table.uses;
         if entry.is_exclusive() {
             let text = format!("coffset={:#x}: copied flag must never be set for compressed clusters", entry.word);
-            if self.repair == Repair::All {
+            if self.repair == Repair::All && table.is_alone {
                 self.say(&format!("Repairing {text}"));
                 self.report.corruptions_fixed += all;
                 table.put(at, entry.word & !COPIED);
@@ -203,7 +211,7 @@ impl<'a> Check<'a> {
         if has_data {
             self.report.corruptions += all;
             self.say(&format!("ERROR offset={offset:x}: Data cluster is not properly aligned; L2 entry corrupted."));
-        } else if self.repair == Repair::All {
+        } else if self.repair == Repair::All && table.is_alone {
             self.say(&format!("Repairing offset={offset:x}: Preallocated cluster is not properly aligned"));
             self.report.corruptions_fixed += all;
             if rules.extended {
