@@ -5,6 +5,7 @@
 
 mod image_write;
 mod nbd;
+mod nbd_client;
 mod vhost_user;
 
 use std::fs::File;
@@ -24,6 +25,7 @@ use qmp::Parser;
 
 pub use image_write::image_write;
 pub use nbd::{nbd_handshake, nbd_requests, nbd_tls, transmit};
+pub use nbd_client::{answered, nbd_client};
 pub use vhost_user::{vhost_user_messages, vhost_user_rings};
 
 /// Bytes from a monitor's client, cut into messages.
