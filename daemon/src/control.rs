@@ -91,7 +91,7 @@ pub fn serve(
         daemon.reap_exports();
         daemon.hear_alarms();
         daemon.ask_for_sockets();
-        daemon.jobs.reap();
+        daemon.release_jobs();
         daemon.expire_leases();
         daemon.answer_scrapers();
         announce(&mut daemon, &mut monitors);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
+use block::Claim;
 use qmp::Error;
 use serde_json::{Value, json};
 
@@ -34,6 +35,8 @@ struct Job {
     kind: &'static str,
     status: Status,
     error: Option<String>,
+    /// What its work uses.
+    claims: Vec<Claim>,
 }
 
 /// How a job's thread ended.
@@ -58,22 +61,33 @@ impl Jobs {
         Jobs { jobs: BTreeMap::new(), ended, end, wake, events: Vec::new() }
     }
 
-    /// Starts a job of QAPI's type `kind`; `work` is done on a thread and gives the job's error.
+    /// Whether a job may be called `id`.
     ///
     /// # Errors
-    /// The id is malformed or taken, or there is no thread to be had.
+    /// The id is malformed or taken: QEMU's words.
+    pub fn check_id(&self, id: &str) -> Result<(), Error> {
+        if !block::id_is_well_formed(id) {
+            return Err(Error::generic(format!("Invalid job ID '{id}'")));
+        }
+        if self.jobs.contains_key(id) {
+            return Err(Error::generic(format!("Job ID '{id}' already in use")));
+        }
+        Ok(())
+    }
+
+    /// Starts a job of QAPI's type `kind`; `work` is done on a thread and gives the job's error. [`reap`](Jobs::reap) gives
+    /// `claims` back when it has concluded.
+    ///
+    /// # Errors
+    /// The id is not [good](Jobs::check_id); the claims are then lost.
     pub fn start(
         &mut self,
         id: String,
         kind: &'static str,
+        claims: Vec<Claim>,
         work: impl FnOnce() -> Result<(), String> + Send + 'static,
     ) -> Result<(), Error> {
-        if !block::id_is_well_formed(&id) {
-            return Err(Error::generic(format!("Invalid job ID '{id}'")));
-        }
-        if self.jobs.contains_key(&id) {
-            return Err(Error::generic(format!("Job ID '{id}' already in use")));
-        }
+        self.check_id(&id)?;
         let (end, wake, own) = (self.end.clone(), Arc::clone(&self.wake), id.clone());
         let run = move || {
             let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
@@ -84,18 +98,20 @@ impl Jobs {
         };
         self.tell(&id, "created");
         self.tell(&id, "running");
-        self.jobs.insert(id.clone(), Job { kind, status: Status::Running, error: None });
+        self.jobs.insert(id.clone(), Job { kind, status: Status::Running, error: None, claims });
         if let Err(e) = thread::Builder::new().name("job".into()).spawn(run) {
             self.conclude(Outcome { id, error: Some(format!("no thread for the job: {e}")) });
         }
         Ok(())
     }
 
-    /// Takes note of jobs that have ended.
-    pub fn reap(&mut self) {
+    /// Takes note of jobs that have ended; what they used is to be released.
+    pub fn reap(&mut self) -> Vec<Claim> {
         while let Ok(outcome) = self.ended.try_recv() {
             self.conclude(outcome);
         }
+        let concluded = self.jobs.values_mut().filter(|job| job.status == Status::Concluded);
+        concluded.flat_map(|job| std::mem::take(&mut job.claims)).collect()
     }
 
     /// What `JOB_STATUS_CHANGE` has to tell since the last call.

@@ -227,6 +227,13 @@ impl Daemon {
         self.events.extend(self.alarms.take().into_iter().map(|found| ("BLOCK_IMAGE_CORRUPTED", found)));
     }
 
+    /// Lets go of what jobs used that have ended.
+    pub fn release_jobs(&mut self) {
+        for claim in self.jobs.reap() {
+            self.graph.release(claim);
+        }
+    }
+
     /// Lets go of exports that have ended, and says so.
     pub fn reap_exports(&mut self) {
         for (id, claim) in self.exports.reap() {

@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `blockdev-create`, `query-jobs`, `job-dismiss`, and what jobs refuse.
+//! `query-jobs`, `job-dismiss`, and what jobs refuse.
 
-use block::Preallocation;
-use fdset::Access;
 use qmp::{Arguments, Call, Command, Definition, Error, Event, Member, Type};
-use serde::Deserialize;
 use serde_json::Value;
 
 use super::words;
@@ -30,39 +27,11 @@ pub fn types() -> Vec<Definition> {
             ],
             "A job.",
         ),
-        words("PreallocMode", &["off", "falloc", "full"], "How room for an image is set aside when it is made."),
-        Definition::union(
-            "BlockdevCreateOptions",
-            [Member::required("driver", Type::Named("BlockdevCreateDriver"), "The driver.")],
-            "driver",
-            [("file", Type::Named("BlockdevCreateOptionsFile"))],
-            "An image to be made.",
-        ),
-        words("BlockdevCreateDriver", &["file"], "Drivers that can make images."),
-        Definition::structure(
-            "BlockdevCreateOptionsFile",
-            [
-                Member::required("filename", Type::Str, "`/dev/fdset/ID`: what is there is cut to nothing first."),
-                Member::required("size", Type::Size, "Bytes of the image."),
-                Member::optional("preallocation", Type::Named("PreallocMode"), "Default `off`."),
-                Member::optional("nocow", Type::Bool, "Not supported: must be false."),
-            ],
-            "A raw file.",
-        ),
     ]
 }
 
 pub fn commands() -> Vec<Command<Daemon>> {
     vec![
-        Command::new(
-            "blockdev-create",
-            "Makes an image in a passed file, as a job.",
-            [
-                Member::required("job-id", Type::Str, "The job to be."),
-                Member::required("options", Type::Named("BlockdevCreateOptions"), "The image."),
-            ],
-            create,
-        ),
         Command::new("query-jobs", "Lists the jobs.", Arguments::NONE, query)
             .returning(Type::Array(&Type::Named("JobInfo"))),
         Command::new(
@@ -114,47 +83,6 @@ pub fn status_event() -> Event {
         ],
         "A job has come further.",
     )
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Create {
-    job_id: String,
-    options: CreateOptions,
-}
-
-#[derive(Deserialize)]
-struct CreateOptions {
-    filename: String,
-    size: i64,
-    preallocation: Option<String>,
-    nocow: Option<bool>,
-}
-
-fn create(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
-    let Create { job_id, options: CreateOptions { filename, size, preallocation, nocow } } = call.parse()?;
-    if nocow == Some(true) {
-        return Err(Error::generic("'nocow' is not supported; leave it out"));
-    }
-    let size = u64::try_from(size)
-        .map_err(|_| Error::generic(format!("Value '{size}' is out of range for parameter 'size'")))?;
-    let preallocation = match preallocation.as_deref() {
-        None | Some("off") => Preallocation::Off,
-        Some("falloc") => Preallocation::Allocate,
-        Some(_) => Preallocation::Full,
-    };
-    let opened = fdset::path::set_id(&filename).and_then(|set| {
-        let user = format!("job {job_id}");
-        daemon.fdsets.open_for(set, Access::CREATE, &user)
-    });
-    let opened = opened.map_err(|e| {
-        tracing::info!(filename, "{}", e.detail());
-        e.to_string()
-    });
-    daemon
-        .jobs
-        .start(job_id, "create", move || block::create_file(opened?, size, preallocation).map_err(|e| e.to_string()))?;
-    Ok(Value::Null)
 }
 
 fn query(daemon: &mut Daemon, _: Call<'_>) -> Result<Value, Error> {

@@ -5,6 +5,7 @@
 mod bitmap;
 mod blockdev;
 mod confinement;
+mod create;
 mod export;
 mod fdset;
 mod fdset_detail;
@@ -41,6 +42,7 @@ pub fn table() -> Table<Daemon> {
         bitmap::types(),
         blockdev::types(),
         confinement::types(),
+        create::types(),
         export::types(),
         fdset::types(),
         fdset_detail::types(),
@@ -64,6 +66,7 @@ pub fn table() -> Table<Daemon> {
     commands.extend(nbd_server::commands());
     commands.extend(export::commands());
     commands.extend(confinement::commands());
+    commands.extend(create::commands());
     commands.extend(jobs::commands());
     commands.extend(ledger::commands());
     commands.extend(objects::commands());
