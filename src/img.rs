@@ -337,6 +337,7 @@ impl Common {
             format: format.map(str::to_owned),
             backing_format: self.backing_format.clone(),
             read_only: rights == Rights::ReadOnly,
+            snapshot: false,
             allowed: self.allow.clone(),
         };
         let chain = manager::chain::open(&self.confinement.program(), path, &policy)?;

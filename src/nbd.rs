@@ -63,6 +63,9 @@ struct Options {
     /// Never write to the image.
     #[arg(short, long)]
     read_only: bool,
+    /// Leave the image as it is: what clients write goes into a temporary file in TMPDIR, or /var/tmp, and is lost at the end.
+    #[arg(short, long)]
+    snapshot: bool,
     /// How the host caches: `writeback` is the only one so far.
     #[arg(long, value_name = "MODE")]
     cache: Option<String>,
@@ -99,8 +102,6 @@ struct Options {
     trace: Option<Option<String>>,
 
     // Known, and refused.
-    #[arg(short, long, hide = true)]
-    snapshot: bool,
     #[arg(short, long, hide = true)]
     load_snapshot: Option<String>,
     #[arg(short = 'B', long, hide = true)]
@@ -164,7 +165,7 @@ impl Options {
         let listen = self.listen(activated)?;
         let Some(image) = self.image else { bail!("cannot serve without an image; name one") };
         let policy =
-            Policy { format: self.format, backing_format: None, read_only: self.read_only, allowed: Vec::new() };
+            Policy { format: self.format, read_only: self.read_only, snapshot: self.snapshot, ..Policy::default() };
         let export = ExportOptions {
             name: self.export_name,
             description: self.description,
@@ -183,6 +184,9 @@ impl Options {
         // Who can connect can read the PID file, too.
         let pid_file = self.pid_file.map(PidFile::write).transpose()?;
         let served = serve(&program, request)?;
+        if let Some(notice) = &served.chain.notice {
+            eprintln!("note: {notice}");
+        }
         if let Some(ready) = ready {
             ready.tell().context("could not go into the background")?;
         }
@@ -219,7 +223,6 @@ impl Options {
         let kernel = "needs the kernel's nbd device, which no process of ours may open; use nbd-client on the socket";
         let later = "is not supported by this version";
         let refused = [
-            (self.snapshot, "--snapshot", later),
             (self.load_snapshot.is_some(), "--load-snapshot", later),
             (self.bitmap.is_some(), "--bitmap", later),
             (self.nocache, "--nocache", later),

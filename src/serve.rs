@@ -28,6 +28,9 @@ pub struct Options {
     /// Never write to the image.
     #[arg(long, short)]
     read_only: bool,
+    /// Leave the image as it is: what is written goes into a temporary file in TMPDIR, or /var/tmp, and is lost at the end.
+    #[arg(long, short, conflicts_with = "read_only")]
+    snapshot: bool,
     /// Where to listen for NBD clients; by default, without --fuse and --vhost-user, in a directory that only this user can enter.
     #[arg(long, short = 'k', value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -100,6 +103,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             format: options.format.clone(),
             backing_format: options.backing_format.clone(),
             read_only: options.read_only,
+            snapshot: options.snapshot,
             allowed: options.allow.clone(),
         },
         listen: socket.clone().map(Listen::Unix),

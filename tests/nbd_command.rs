@@ -291,7 +291,6 @@ fn what_is_not_built_is_refused_by_name() {
     let scratch = Scratch::new();
     let disk = disk(&scratch);
     for option in [
-        "-s",
         "-lx",
         "-Bx",
         "-n",

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::inspector::{Inspection, Program};
 use crate::opening::{Opened, Rights, open_beneath, open_named};
-use crate::{Error, Result};
+use crate::{Error, Result, overlay};
 
 /// Most layers in a chain.
 const MAX_LAYERS: usize = 64;
@@ -20,6 +20,8 @@ pub struct Policy {
     pub backing_format: Option<String>,
     /// Whether the top may only be read.
     pub read_only: bool,
+    /// Whether what is written goes into a temporary [overlay]; without effect on what is only read anyway.
+    pub snapshot: bool,
     /// Directories, besides the image's own, beneath which named files may be opened.
     pub allowed: Vec<PathBuf>,
 }
@@ -40,7 +42,7 @@ pub struct Layer {
 pub struct Chain {
     /// At least one.
     pub layers: Vec<Layer>,
-    /// Why the top is read-only although the user did not ask for it.
+    /// What the user should know: why the top is read-only unasked, or that what is written is kept in memory.
     pub notice: Option<String>,
 }
 
@@ -57,6 +59,7 @@ pub fn open(program: &Program, path: &std::path::Path, policy: &Policy) -> Resul
     let path = path.canonicalize().map_err(|source| Error::Open { path: path.to_owned(), purpose: "", source })?;
     let mut base = path.parent().map(PathBuf::from).unwrap_or_default();
     let mut roots = vec![base.clone()];
+    let overlaid = policy.snapshot && !policy.read_only;
     for root in &policy.allowed {
         let canonical = root.canonicalize().map_err(|source| Error::Open {
             path: root.clone(),
@@ -75,7 +78,7 @@ pub fn open(program: &Program, path: &std::path::Path, policy: &Policy) -> Resul
         }
         let inspection = program.inspect(&image.file, &image.path, format.as_deref())?;
         let mut rights = Rights::ReadOnly;
-        if layers.is_empty() && !policy.read_only {
+        if layers.is_empty() && !policy.read_only && !overlaid {
             if inspection.writable {
                 let writable = open_named(&path, Rights::ReadWrite)?;
                 if writable.identity != image.identity {
@@ -108,6 +111,11 @@ pub fn open(program: &Program, path: &std::path::Path, policy: &Policy) -> Resul
         };
         layers.push(Layer { image, inspection, data_file });
         match next {
+            None if overlaid => {
+                let (overlay, notice) = overlay::make(program, layers[0].inspection.virtual_size)?;
+                layers.insert(0, overlay);
+                return Ok(Chain { layers, notice });
+            }
             None => return Ok(Chain { layers, notice }),
             Some(next) => {
                 base = next.path.parent().map(PathBuf::from).unwrap_or_default();

@@ -4,7 +4,7 @@
 //! [`opening`] opens images by policy. [`chain`] learns what an image is built from: it asks the confined [`inspector`], a
 //! process that gets one descriptor and answers in JSON, and resolves the names it hears about by policy. [`daemon`] starts
 //! the confined daemon and talks QMP to it; [`disk`] passes it the descriptors of a chain and says what to build of them.
-//! [`fuse`] mounts what the daemon serves as a file. [`serve`] puts these together.
+//! [`fuse`] mounts what the daemon serves as a file. [`overlay`] keeps an image as it is. [`serve`] puts these together.
 
 pub mod chain;
 pub mod daemon;
@@ -15,6 +15,7 @@ pub mod inspector;
 mod listening;
 pub mod monitor;
 pub mod opening;
+pub mod overlay;
 pub mod serve;
 pub mod tls;
 
