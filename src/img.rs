@@ -339,6 +339,7 @@ impl Common {
             read_only: rights == Rights::ReadOnly,
             snapshot: false,
             allowed: self.allow.clone(),
+            direct: false,
         };
         let chain = manager::chain::open(&self.confinement.program(), path, &policy)?;
         if rights == Rights::ReadWrite && chain.layers[0].image.rights == Rights::ReadOnly {

@@ -66,9 +66,12 @@ struct Options {
     /// Leave the image as it is: what clients write goes into a temporary file in TMPDIR, or /var/tmp, and is lost at the end.
     #[arg(short, long)]
     snapshot: bool,
-    /// How the host caches: `writeback` is the only one so far.
+    /// How the host caches: `writeback` (the default), or `none`, which reads and writes past its cache (`O_DIRECT`).
     #[arg(long, value_name = "MODE")]
     cache: Option<String>,
+    /// The same as --cache=none.
+    #[arg(short, long, conflicts_with = "cache")]
+    nocache: bool,
     /// How the host's files are read: `threads` is the only one so far.
     #[arg(long, value_name = "MODE")]
     aio: Option<String>,
@@ -106,8 +109,6 @@ struct Options {
     load_snapshot: Option<String>,
     #[arg(short = 'B', long, hide = true)]
     bitmap: Option<String>,
-    #[arg(short, long, hide = true)]
-    nocache: bool,
     #[arg(long, hide = true)]
     image_opts: bool,
     #[arg(short = 'L', long, hide = true)]
@@ -164,8 +165,9 @@ impl Options {
         let waiting = manager::serve::Waiting::new().context("could not prepare for signals")?;
         let listen = self.listen(activated)?;
         let Some(image) = self.image else { bail!("cannot serve without an image; name one") };
-        let policy =
-            Policy { format: self.format, read_only: self.read_only, snapshot: self.snapshot, ..Policy::default() };
+        let direct = self.nocache || self.cache.as_deref() == Some("none");
+        let (read_only, snapshot) = (self.read_only, self.snapshot);
+        let policy = Policy { format: self.format, direct, read_only, snapshot, ..Policy::default() };
         let export = ExportOptions {
             name: self.export_name,
             description: self.description,
@@ -222,11 +224,11 @@ impl Options {
         let other = |given: &Option<String>, only: &str| given.as_ref().is_some_and(|given| given != only);
         let kernel = "needs the kernel's nbd device, which no process of ours may open; use nbd-client on the socket";
         let later = "is not supported by this version";
+        let other_cache = other(&self.cache, "writeback") && other(&self.cache, "none");
         let refused = [
             (self.load_snapshot.is_some(), "--load-snapshot", later),
             (self.bitmap.is_some(), "--bitmap", later),
-            (self.nocache, "--nocache", later),
-            (other(&self.cache, "writeback"), "--cache other than 'writeback'", later),
+            (other_cache, "--cache other than 'writeback' and 'none'", later),
             (other(&self.aio, "threads"), "--aio other than 'threads'", later),
             (other(&self.detect_zeroes, "off"), "--detect-zeroes other than 'off'", later),
             (self.image_opts, "--image-opts", later),

@@ -31,6 +31,9 @@ pub struct Options {
     /// Leave the image as it is: what is written goes into a temporary file in TMPDIR, or /var/tmp, and is lost at the end.
     #[arg(long, short, conflicts_with = "read_only")]
     snapshot: bool,
+    /// Read and write past the host's cache (`O_DIRECT`).
+    #[arg(long)]
+    direct: bool,
     /// Where to listen for NBD clients; by default, without --fuse and --vhost-user, in a directory that only this user can enter.
     #[arg(long, short = 'k', value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -104,6 +107,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             backing_format: options.backing_format.clone(),
             read_only: options.read_only,
             snapshot: options.snapshot,
+            direct: options.direct,
             allowed: options.allow.clone(),
         },
         listen: socket.clone().map(Listen::Unix),

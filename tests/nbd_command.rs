@@ -293,8 +293,7 @@ fn what_is_not_built_is_refused_by_name() {
     for option in [
         "-lx",
         "-Bx",
-        "-n",
-        "--cache=none",
+        "--cache=directsync",
         "--cache=unsafe",
         "--aio=native",
         "--aio=io_uring",

@@ -533,6 +533,11 @@ pub trait Driver: Send + Sync {
         1
     }
 
+    /// Whether reads and writes of its data wait for the device, because the file below was opened with `O_DIRECT`.
+    fn bypasses_cache(&self) -> bool {
+        false
+    }
+
     /// Whether it is no layer of its own, and shows what its child stores: `raw`.
     fn passes_on(&self) -> bool {
         false

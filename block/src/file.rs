@@ -12,8 +12,10 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{FallocateFlags, FileType, SeekFrom};
 use rustix::io::Errno;
+use sys::file;
 
 use crate::claims::Demand;
+use crate::direct::Direct;
 use crate::driver::{Ask, Detail, Driver, DriverEntry, Info, Mapping, OpenRequest, Prepared, Target, ZeroFlags};
 use crate::host::Descriptor;
 use crate::image_locks::ImageLocks;
@@ -48,6 +50,8 @@ struct File {
     locks: ImageLocks,
     len: AtomicU64,
     regular: bool,
+    /// How it is reached past the page cache, if it was opened so.
+    direct: Option<Direct>,
 }
 
 /// The name of the driver for what `fd` is: `host_device` for a block device, else `file`.
@@ -81,12 +85,16 @@ fn open(request: OpenRequest, wanted: FileType) -> Result<Box<dyn Driver>> {
         .checked_next_multiple_of(SECTOR)
         .filter(|&bytes| i64::try_from(bytes).is_ok())
         .ok_or_else(|| Error::unsupported(format!("'{filename}' is larger than 2^63-512 bytes")))?;
+    let regular = wanted == FileType::RegularFile;
+    let direct =
+        Direct::of(fd.as_fd(), regular).map_err(|e| Error::io("find out how a file without cache is read", e))?;
     Ok(Box::new(File {
         fd,
         latest: Mutex::default(),
         locks: ImageLocks::default(),
         len: AtomicU64::new(len),
-        regular: wanted == FileType::RegularFile,
+        regular,
+        direct,
     }))
 }
 
@@ -100,7 +108,8 @@ impl Driver for File {
         let data = |len| Mapping::fixed(Target::Fd { fd, offset }, len);
         let zero = |len| Mapping::fixed(Target::Zero, len);
         if ask.detail == Detail::Place {
-            return Ok(data(len));
+            let target = if self.direct.is_some() { Target::Computed } else { Target::Fd { fd, offset } };
+            return Ok(Mapping::fixed(target, len));
         }
         // A file system that cannot tell holes answers EINVAL or EOPNOTSUPP: then all of it is data.
         match rustix::fs::seek(fd, SeekFrom::Data(offset)) {
@@ -121,11 +130,28 @@ impl Driver for File {
     fn prepare_write(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
         // A write that then fails has promised too much: what is not there reads as zeroes all the same.
         self.len.fetch_max((offset + len).next_multiple_of(SECTOR), Ordering::Relaxed);
-        Ok(Prepared::in_place(Target::Fd { fd: self.fd.as_fd(), offset }, len))
+        let target = if self.direct.is_some() { Target::Computed } else { Target::Fd { fd: self.fd.as_fd(), offset } };
+        Ok(Prepared::in_place(target, len))
+    }
+
+    fn read_computed(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let direct = self.direct.as_ref().ok_or(Errno::IO)?;
+        let got = direct.read(self.fd.as_fd(), buf, offset)?;
+        buf[got..].fill(0);
+        Ok(())
+    }
+
+    fn write_computed(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.direct.as_ref().ok_or(Errno::IO)?.write(self.fd.as_fd(), buf, offset)
+    }
+
+    fn bypasses_cache(&self) -> bool {
+        self.direct.is_some()
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
         let fd = self.fd.as_fd();
+        let _others = self.direct.as_ref().map(Direct::share);
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         if flags.may_unmap && rustix::fs::fallocate(fd, punch, offset, len).is_ok() {
             return Ok(());
@@ -139,6 +165,7 @@ impl Driver for File {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let _others = self.direct.as_ref().map(Direct::share);
         match rustix::fs::fallocate(
             self.fd.as_fd(),
             FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
@@ -171,9 +198,16 @@ impl Driver for File {
             };
         }
         let fd = self.fd.as_fd();
+        let alone = self.direct.as_ref().map(Direct::alone);
         rustix::fs::ftruncate(fd, len).map_err(|e| Error::io("set the size of the file", e.into()))?;
-        if len > now {
-            set_aside(fd, now..len, preallocation)?;
+        drop(alone);
+        match &self.direct {
+            _ if len <= now => {}
+            Some(direct) if preallocation == Preallocation::Full => {
+                let zeroes = fill(now..len, |zeroes, offset| direct.write(fd, zeroes, offset));
+                zeroes.and_then(|()| self.flush()).map_err(|e| Error::io("write zeroes", e))?;
+            }
+            _ => set_aside(fd, now..len, preallocation)?,
         }
         self.len.store(len.next_multiple_of(SECTOR), Ordering::Relaxed);
         Ok(())
@@ -242,20 +276,23 @@ fn set_aside(fd: BorrowedFd<'_>, range: Range<u64>, preallocation: Preallocation
             rustix::fs::fallocate(fd, FallocateFlags::empty(), range.start, range.end - range.start)
                 .map_err(|e| Error::io("set room for the file aside", e.into()))
         }
-        Preallocation::Full => fill(fd, range).map_err(|e| Error::io("write zeroes", e)),
+        Preallocation::Full => fill(range, |zeroes, offset| file::write_at(fd, zeroes, offset, false))
+            .and_then(|()| Ok(rustix::fs::fdatasync(fd)?))
+            .map_err(|e| Error::io("write zeroes", e)),
         Preallocation::Metadata => Err(Error::unsupported("Unsupported preallocation mode: metadata")),
         Preallocation::Off | Preallocation::Allocate => Ok(()),
     }
 }
 
-fn fill(fd: BorrowedFd<'_>, range: Range<u64>) -> io::Result<()> {
+fn fill(range: Range<u64>, write: impl Fn(&[u8], u64) -> io::Result<()>) -> io::Result<()> {
     let zeroes = vec![0; 1 << 20];
     let mut offset = range.start;
     while offset < range.end {
         let len = usize::try_from(range.end - offset).map_or(zeroes.len(), |left| left.min(zeroes.len()));
-        offset += rustix::io::pwrite(fd, &zeroes[..len], offset)? as u64;
+        write(&zeroes[..len], offset)?;
+        offset += len as u64;
     }
-    Ok(rustix::fs::fdatasync(fd)?)
+    Ok(())
 }
 
 /// What was in use before, to go back to.

@@ -13,6 +13,7 @@ pub mod bitmap;
 mod blocks;
 mod claims;
 mod coalesce;
+mod direct;
 mod driver;
 mod encryption;
 mod error;

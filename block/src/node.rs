@@ -179,6 +179,11 @@ impl BlockNode {
         self.driver.block_size()
     }
 
+    /// Whether reads and writes wait for the device: then they are better done where sleeping is nobody's loss.
+    pub fn bypasses_cache(&self) -> bool {
+        self.driver.bypasses_cache()
+    }
+
     /// Fills `buf` from `offset`.
     ///
     /// # Errors

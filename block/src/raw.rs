@@ -100,6 +100,10 @@ impl Driver for Raw {
         self.file.block_size()
     }
 
+    fn bypasses_cache(&self) -> bool {
+        self.file.bypasses_cache()
+    }
+
     fn passes_on(&self) -> bool {
         true
     }

@@ -236,6 +236,10 @@ impl Driver for Vdi {
         self.blocks.discard(offset, len)
     }
 
+    fn bypasses_cache(&self) -> bool {
+        self.blocks.file.bypasses_cache()
+    }
+
     fn flush(&self) -> io::Result<()> {
         self.blocks.flush()
     }

@@ -280,6 +280,10 @@ impl Driver for Dynamic {
         self.0.discard(offset, len)
     }
 
+    fn bypasses_cache(&self) -> bool {
+        self.0.file.bypasses_cache()
+    }
+
     fn flush(&self) -> io::Result<()> {
         self.0.flush()
     }
@@ -319,6 +323,10 @@ impl Driver for Fixed {
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.file.discard(offset, len)
+    }
+
+    fn bypasses_cache(&self) -> bool {
+        self.file.bypasses_cache()
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -243,7 +243,7 @@ fn read(
                     table.option(Type::Named("BlockdevOptions"), &value, Some("driver")).map_err(placed)?;
                 plans
                     .openings
-                    .open_files(&mut options, false)
+                    .open_files(&mut options, false, false)
                     .map_err(|e| UsageError(format!("{option} {value}: {e}")))?;
                 plans.command("blockdev-add", options);
             }

@@ -9,6 +9,7 @@ use std::fs::OpenOptions;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
@@ -115,13 +116,19 @@ impl Openings {
     ///
     /// # Errors
     /// A sentence for the user.
-    pub fn open_files(&mut self, options: &mut Value, read_only: bool) -> Result<(), String> {
+    pub fn open_files(&mut self, options: &mut Value, read_only: bool, direct: bool) -> Result<(), String> {
         let Value::Object(options) = options else { return Ok(()) };
         let read_only = options.get("read-only").and_then(Value::as_bool).unwrap_or(read_only);
+        let cache = options.get("cache").and_then(|cache| cache.get("direct"));
+        let direct = cache.and_then(Value::as_bool).unwrap_or(direct);
         if let Some(Value::String(filename)) = options.get_mut("filename")
             && !filename.starts_with(fdset::PREFIX)
         {
-            let file = OpenOptions::new().read(true).write(!read_only).open(&*filename);
+            let file = OpenOptions::new()
+                .read(true)
+                .write(!read_only)
+                .custom_flags(if direct { rustix::fs::OFlags::DIRECT.bits().cast_signed() } else { 0 })
+                .open(&*filename);
             let file = file.map_err(|e| format!("Could not open '{filename}': {e}"))?;
             let set = FIRST_OWN_SET + self.own_sets;
             self.own_sets += 1;
@@ -129,7 +136,7 @@ impl Openings {
             *filename = format!("{}{set}", fdset::PREFIX);
         }
         for (key, child) in options.iter_mut().filter(|(_, child)| child.is_object()) {
-            self.open_files(child, read_only || key == "backing")?;
+            self.open_files(child, read_only || key == "backing", direct)?;
         }
         Ok(())
     }

@@ -22,6 +22,8 @@ pub struct Policy {
     pub read_only: bool,
     /// Whether what is written goes into a temporary [overlay]; without effect on what is only read anyway.
     pub snapshot: bool,
+    /// Whether the host's cache is bypassed (`O_DIRECT`).
+    pub direct: bool,
     /// Directories, besides the image's own, beneath which named files may be opened.
     pub allowed: Vec<PathBuf>,
 }
@@ -109,6 +111,11 @@ pub fn open(program: &Program, path: &std::path::Path, policy: &Policy) -> Resul
                 Some(next)
             }
         };
+        if policy.direct {
+            for opened in [Some(&image), data_file.as_ref()].into_iter().flatten() {
+                opened.bypass_cache()?;
+            }
+        }
         layers.push(Layer { image, inspection, data_file });
         match next {
             None if overlaid => {

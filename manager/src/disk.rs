@@ -47,5 +47,6 @@ fn file(daemon: &mut Daemon, opened: &Opened) -> Result<Value> {
         "filename": format!("/dev/fdset/{}", added["fdset-id"]),
         "read-only": opened.rights == Rights::ReadOnly,
         "discard": "unmap",
+        "cache": { "direct": opened.bypasses_cache() },
     }))
 }

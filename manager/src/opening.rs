@@ -34,6 +34,24 @@ pub struct Opened {
     pub device: bool,
 }
 
+impl Opened {
+    /// Lets reads and writes pass by the host's cache from now on, for everybody who shares the descriptor's open file.
+    ///
+    /// # Errors
+    /// The file system has no such thing.
+    pub fn bypass_cache(&self) -> Result<()> {
+        let flags = rustix::fs::fcntl_getfl(&self.file);
+        flags.and_then(|flags| rustix::fs::fcntl_setfl(&self.file, flags | OFlags::DIRECT)).map_err(|errno| {
+            Error::Open { path: self.path.clone(), purpose: " past the host's cache (O_DIRECT)", source: errno.into() }
+        })
+    }
+
+    /// Whether they do.
+    pub fn bypasses_cache(&self) -> bool {
+        rustix::fs::fcntl_getfl(&self.file).is_ok_and(|flags| flags.contains(OFlags::DIRECT))
+    }
+}
+
 /// Opens the file that the user named. Links are followed: it is the user's own word.
 ///
 /// # Errors

@@ -98,6 +98,10 @@ impl Driver for Luks {
         if there == 0 { Ok(()) } else { self.file.discard(start, there) }
     }
 
+    fn bypasses_cache(&self) -> bool {
+        self.file.bypasses_cache()
+    }
+
     fn flush(&self) -> io::Result<()> {
         self.file.flush()
     }

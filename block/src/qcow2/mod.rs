@@ -262,6 +262,10 @@ impl Driver for Qcow2 {
         self.drop_units(offset, len)
     }
 
+    fn bypasses_cache(&self) -> bool {
+        self.data.bypasses_cache()
+    }
+
     fn flush(&self) -> io::Result<()> {
         self.flush_all()
     }

@@ -246,6 +246,10 @@ impl Driver for Vmdk {
         self.each(offset, len, Part::discard)
     }
 
+    fn bypasses_cache(&self) -> bool {
+        self.file.bypasses_cache()
+    }
+
     fn flush(&self) -> io::Result<()> {
         self.parts.iter().try_for_each(Part::flush)?;
         // A descriptor inside the one extent went with that.

@@ -57,12 +57,14 @@ fn blockdev_del(daemon: &mut Daemon, call: Call<'_>) -> Result<Value, Error> {
 pub struct Inherited {
     pub read_only: bool,
     pub unmap: bool,
+    /// `cache.direct`.
+    pub direct: bool,
 }
 
 impl Inherited {
     /// What a child of a node takes over. Formats pass discards on with care, so what is below them may always unmap.
-    pub fn by_child(writes: Writes, read_only: bool) -> Inherited {
-        Inherited { read_only: read_only || writes == Writes::Never, unmap: true }
+    pub fn by_child(writes: Writes, read_only: bool, direct: bool) -> Inherited {
+        Inherited { read_only: read_only || writes == Writes::Never, unmap: true, direct }
     }
 }
 
@@ -71,6 +73,12 @@ pub fn access(options: &Map<String, Value>, inherited: Inherited) -> NodeAccess 
     let read_only = options.get("read-only").and_then(Value::as_bool).unwrap_or(inherited.read_only);
     let discard = options.get("discard").and_then(Value::as_str);
     NodeAccess { writable: !read_only, unmap: discard.map_or(inherited.unmap, |discard| discard == "unmap") }
+}
+
+/// Whether these options ask for a node past the host's cache.
+pub fn direct(options: &Map<String, Value>, inherited: Inherited) -> bool {
+    let cache = options.get("cache").and_then(|cache| cache.get("direct"));
+    cache.and_then(Value::as_bool).unwrap_or(inherited.direct)
 }
 
 /// Makes a node and those nested in its checked options; on an error none of them stays. Returns its name.
@@ -92,17 +100,18 @@ pub fn add_node(daemon: &mut Daemon, options: Map<String, Value>, inherited: Inh
         detached: BTreeSet::new(),
         options: driver_options(driver, &options, &daemon.objects)?,
     };
+    let direct = direct(&options, inherited);
     if driver.takes_descriptor {
         let auto_read_only = options.get("auto-read-only") == Some(&Value::Bool(true));
         let locking = text("locking") != Some("off");
-        spec.host = Some(host(daemon, &spec.filename, auto_read_only, locking)?);
+        spec.host = Some(host(daemon, &spec.filename, direct, auto_read_only, locking)?);
     }
     if let Some(option) = driver.socket() {
         let socket = passed_socket(daemon, &options[option.name], spec.name.as_deref().unwrap_or_default())?;
         spec.host = Some(Host::socket(socket, daemon.remotes.lost()));
     }
     let mut nested = Vec::new();
-    match attach_children(daemon, driver, options, &mut spec, &mut nested)
+    match attach_children(daemon, driver, options, direct, &mut spec, &mut nested)
         .and_then(|()| daemon.graph.add(spec).map_err(block_error))
     {
         Ok(node) => {
@@ -126,6 +135,7 @@ fn attach_children(
     daemon: &mut Daemon,
     driver: &'static DriverEntry,
     mut options: Map<String, Value>,
+    direct: bool,
     spec: &mut NodeSpec,
     nested: &mut Vec<String>,
 ) -> Result<(), Error> {
@@ -150,13 +160,19 @@ fn attach_children(
         for (&edge, value) in child.edges().iter().zip(given) {
             let name = match value {
                 Value::String(name) => {
-                    if daemon.graph.get(&name).is_err() {
+                    let Ok(node) = daemon.graph.get(&name) else {
                         return Err(Error::generic(format!("Cannot find device='{name}' nor node-name='{name}'")));
+                    };
+                    if direct && ["file", "data-file"].contains(&edge) && !node.bypasses_cache() {
+                        return Err(Error::generic(format!(
+                            "'cache.direct' is a matter of the file node, and '{name}' was made without it"
+                        )));
                     }
                     name
                 }
                 Value::Object(options) => {
-                    let name = add_node(daemon, options, Inherited::by_child(child.writes, !spec.access.writable))?;
+                    let inherited = Inherited::by_child(child.writes, !spec.access.writable, direct);
+                    let name = add_node(daemon, options, inherited)?;
                     nested.push(name.clone());
                     name
                 }
@@ -170,7 +186,7 @@ fn attach_children(
 
 /// Where a file node's descriptors come from: the set that `filename` names. Every other name is refused, because there is
 /// nothing that could open it.
-fn host(daemon: &Daemon, filename: &str, auto_read_only: bool, locking: bool) -> Result<Host, Error> {
+fn host(daemon: &Daemon, filename: &str, direct: bool, auto_read_only: bool, locking: bool) -> Result<Host, Error> {
     if !filename.starts_with(fdset::PREFIX) {
         let shown: String = filename.chars().take(200).flat_map(char::escape_debug).collect();
         return Err(Error::generic(format!(
@@ -181,7 +197,11 @@ fn host(daemon: &Daemon, filename: &str, auto_read_only: bool, locking: bool) ->
     let (sets, wants) = (Arc::clone(&daemon.fdsets), daemon.wants.clone());
     let exclusive = daemon.policy == FdPolicy::Strict;
     let filename = filename.to_owned();
-    let open = move |writable: bool, node: &str| open_fdset(&sets, &wants, &filename, node, writable, exclusive);
+    let open = move |writable: bool, node: &str| {
+        let access = if writable { Access::READ_WRITE } else { Access::READ_ONLY };
+        let access = if direct { access.direct() } else { access };
+        open_fdset(&sets, &wants, &filename, node, access, writable && exclusive)
+    };
     Ok(Host::new(Box::new(open), auto_read_only, locking))
 }
 
@@ -207,10 +227,9 @@ fn open_fdset(
     wants: &Wants,
     filename: &str,
     node: &str,
-    writable: bool,
+    access: Access,
     exclusive: bool,
 ) -> block::Result<block::Descriptor> {
-    let access = if writable { Access::READ_WRITE } else { Access::READ_ONLY };
     let set = fdset::path::set_id(filename);
     let dup = set.and_then(|set| sets.open_for(set, access, node)).map_err(|e| {
         tracing::info!(filename, "{}", e.detail());
@@ -223,7 +242,7 @@ fn open_fdset(
     let users = sets
         .set(dup.set_id())
         .map_or(0, |set| set.dups().filter(|other| other.opened_from() == dup.opened_from()).count());
-    if writable && exclusive && users > 1 {
+    if exclusive && users > 1 {
         return Err(block::Error::new(
             block::ErrorKind::InUse,
             format!(
@@ -285,10 +304,8 @@ fn refuse_unsupported(options: &Map<String, Value>) -> Result<(), Error> {
             return unsupported(name, value);
         }
     }
-    for name in ["direct", "no-flush"] {
-        if let Some(value @ Value::Bool(true)) = options.get("cache").and_then(|cache| cache.get(name)) {
-            return unsupported(&format!("cache.{name}"), value);
-        }
+    if let Some(value @ Value::Bool(true)) = options.get("cache").and_then(|cache| cache.get("no-flush")) {
+        return unsupported("cache.no-flush", value);
     }
     Ok(())
 }

@@ -117,7 +117,7 @@ fn shown(daemon: &Daemon, node: &BlockNode) -> Value {
         "bps": 0, "bps_rd": 0, "bps_wr": 0,
         "iops": 0, "iops_rd": 0, "iops_wr": 0,
         "write_threshold": 0,
-        "cache": { "writeback": true, "direct": false, "no-flush": false },
+        "cache": { "writeback": true, "direct": node.bypasses_cache(), "no-flush": false },
         "children": children,
         "image": image(node),
     })

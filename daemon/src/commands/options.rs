@@ -53,7 +53,12 @@ pub fn types() -> Vec<Definition> {
         Definition::structure(
             "BlockdevCacheOptions",
             [
-                Member::optional("direct", Type::Bool, "Not supported: must be false."),
+                Member::optional(
+                    "direct",
+                    Type::Bool,
+                    "Whether the host's cache is bypassed: the set then needs a descriptor opened with `O_DIRECT`. Nodes \
+                     described inside of this one take it over.",
+                ),
                 Member::optional("no-flush", Type::Bool, "Not supported: must be false."),
             ],
             "How the host caches.",

@@ -6,7 +6,7 @@ use qmp::{Call, Command, Error, Member, Type};
 use serde_json::{Map, Value};
 
 use super::block_error;
-use super::blockdev::{Inherited, access, driver_options};
+use super::blockdev::{Inherited, access, direct, driver_options};
 use crate::state::Daemon;
 
 pub fn commands() -> Vec<Command<Daemon>> {
@@ -60,7 +60,10 @@ fn reopen_node(
     done: &mut Vec<Change>,
 ) -> Result<(), Error> {
     let driver = check_unchanged(daemon, name, &options)?;
-    let access = access(&options, inherited);
+    let (access, direct) = (access(&options, inherited), direct(&options, inherited));
+    if driver.takes_descriptor && direct != daemon.graph.get(name).map_err(block_error)?.bypasses_cache() {
+        return Err(cannot_change("cache.direct"));
+    }
     let was_writable = daemon.graph.get(name).map_err(block_error)?.writable();
     if !access.writable {
         set_writable(daemon, name, was_writable, false, done)?;
@@ -72,7 +75,7 @@ fn reopen_node(
             if below.get("node-name").and_then(Value::as_str).is_some_and(|given| given != below_name) {
                 return Err(cannot_change(child.name));
             }
-            let inherited = Inherited::by_child(child.writes, !access.writable);
+            let inherited = Inherited::by_child(child.writes, !access.writable, direct);
             reopen_node(daemon, &below_name, below.clone(), inherited, done)?;
         }
     }

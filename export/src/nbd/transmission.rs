@@ -3,8 +3,8 @@
 //!
 //! Every request in the receive buffer is parsed; what can be answered without sleeping is answered into the send buffer at
 //! once, the rest goes to the workers and comes back through [`Completions`] in any order; then one write answers the batch.
-//! A hit in the page cache thus meets no other thread and no lock. Writes are done in place too: they may sleep in the
-//! kernel, but only this client waits.
+//! A hit in the page cache thus meets no other thread and no lock. Writes to the page cache are done in place too: they may
+//! sleep in the kernel, but only this client waits. Those past it (`O_DIRECT`) always sleep, and go to the workers.
 //!
 //! Memory is bounded by the two buffers and [`MOST_CHARGED`] bytes of replies in flight.
 
@@ -385,6 +385,11 @@ impl Session<'_> {
 
     /// Writes `piece` bytes of a payload of which `left` bytes are missing.
     fn payload(&mut self, request: Request, offset: u64, piece: usize, left: usize) -> io::Result<()> {
+        let only_one = self.in_flight == 0 && self.inbox.bytes().len() == piece;
+        if piece == left && offset == request.offset && !only_one && self.node.bypasses_cache() {
+            // Each waits for the device: they should do so together.
+            return self.hand_over_write(request, piece);
+        }
         let written = self.node.write(&self.inbox.bytes()[..piece], offset, false);
         self.inbox.consume(piece);
         let left = left - piece;
@@ -404,6 +409,20 @@ impl Session<'_> {
         }
         self.tally.note(Kind::Write, request.len, false);
         self.push(&self.style.done(to(&request), false))
+    }
+
+    /// Gives a write whose payload is all there to the workers.
+    fn hand_over_write(&mut self, request: Request, size: usize) -> io::Result<()> {
+        let payload = self.inbox.bytes()[..size].to_vec();
+        self.inbox.consume(size);
+        self.state = State::Header;
+        let (node, style, to) = (Arc::clone(self.node), self.style, to(&request));
+        let (meter, started) = (self.meter.clone(), Instant::now());
+        self.hand_over(to, size, move |slot| {
+            let result = node.write(&payload, request.offset, request.flags & cmd_flag::FUA != 0);
+            meter.record(Kind::Write, request.len, result.is_err(), started);
+            slot.fill(style.outcome(to, result));
+        })
     }
 
     /// Gives a request that may take its time to the workers; it counts as one of `kind`.

@@ -349,7 +349,7 @@ impl<'m> Queue<'m> {
         let Setup { memory, disk, .. } = self.setup;
         self.ring.walk(head, &mut self.chain)?;
         self.request.parse(&mut self.chain, memory, disk.block_size)?;
-        if !alone && self.request.is_slow() {
+        if !alone && (self.request.is_slow() || (self.request.is_write() && disk.node.bypasses_cache())) {
             return self.hand_over(head);
         }
         let wait = if alone { Wait::Allowed } else { Wait::Never };

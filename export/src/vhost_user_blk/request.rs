@@ -182,6 +182,11 @@ impl Request {
         matches!(self.operation, Operation::Flush | Operation::Discard(_) | Operation::Zeroes(_))
     }
 
+    /// Whether it is a write of data.
+    pub fn is_write(&self) -> bool {
+        matches!(self.operation, Operation::Write(_))
+    }
+
     /// Does it. `slices` is room to lay the data out in. `None` only with [`Wait::Never`]: it would have to wait, and nothing
     /// has been done that cannot be done again.
     ///
