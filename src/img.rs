@@ -348,6 +348,16 @@ impl Common {
         Ok(chain)
     }
 
+    /// Opens the extents of the image at `path` that are files of their own, to be read.
+    fn extents(&self, path: &Path, names: &[String]) -> anyhow::Result<Vec<Named>> {
+        let path = path.canonicalize()?;
+        let base = path.parent().map(PathBuf::from).unwrap_or_default();
+        let mut roots = vec![base.clone()];
+        roots.extend(self.allow.iter().filter_map(|root| root.canonicalize().ok()));
+        let open = |name: &String| Ok(named(open_beneath(&roots, &base, name, Rights::ReadOnly)?, None));
+        names.iter().map(open).collect()
+    }
+
     fn layers(&self, path: &Path, format: Option<&str>, rights: Rights) -> anyhow::Result<Vec<Layer>> {
         Ok(layers(self.chain(path, format, rights)?, path))
     }
@@ -369,7 +379,8 @@ fn layers(chain: Chain, path: &Path) -> Vec<Layer> {
         }
         let data_name = layer.inspection.data_file.as_deref().map(|data| beside(&name, data));
         let data_file = layer.data_file.map(|data| named(data, data_name));
-        Layer { image: named(layer.image, Some(name)), format: layer.inspection.format, data_file }
+        let extents = layer.extents.into_iter().map(|extent| named(extent, None)).collect();
+        Layer { image: named(layer.image, Some(name)), format: layer.inspection.format, data_file, extents }
     };
     chain.layers.into_iter().map(layer).collect()
 }
@@ -427,6 +438,12 @@ fn convert(verb: Convert) -> anyhow::Result<u8> {
         let (options, size) = parse(&verb.options, known(&verb.output_format).map_err(anyhow::Error::msg)?)
             .map_err(anyhow::Error::msg)?;
         ensure!(size.is_none(), "the new image is as large as the source; 'size' cannot be given");
+        let name = verb.target.display().to_string();
+        if !::img::create::extent_names(&verb.output_format, &options, 512, &name)?.is_empty() {
+            bail!(
+                "this kind of image has several files, and convert makes one: make it with create, then convert with -n"
+            );
+        }
         for name in ["backing_file", "data_file"] {
             ensure!(!options.contains_key(name), "'{name}' is not supported by convert in this version");
         }
@@ -466,11 +483,13 @@ fn create(verb: Create) -> anyhow::Result<u8> {
     ::img::create::name_backing(&mut options, verb.backing.as_deref(), verb.backing_format.as_deref())
         .map_err(anyhow::Error::msg)?;
     let directory = verb.image.parent().map(PathBuf::from).unwrap_or_default();
+    let mut parent_cid = None;
     if let (Some((backing, format)), false) = (::img::create::backing(&options), verb.unsafely) {
         let opened = open_named(&directory.join(backing), Rights::ReadOnly).context("Could not open backing image.")?;
         let Some(format) = format else { bail!("Backing file specified without backing format; say it with -F") };
         let found = verb.confinement.program().inspect(&opened.file, &opened.path, Some(format))?;
         wanted = wanted.or(Some(found.virtual_size));
+        parent_cid = found.cid;
     }
     let Some(size) = wanted else { bail!("Image creation needs a size parameter") };
     ensure!(i64::try_from(size).is_ok(), "Invalid image size specified. Must be between 0 and {}.", i64::MAX);
@@ -483,23 +502,30 @@ fn create(verb: Create) -> anyhow::Result<u8> {
         let file = file.with_context(|| format!("could not create '{}'", path.display()))?;
         Ok((Named { file, name: path.display().to_string() }, is_new))
     };
-    let data_path = ::img::create::data_file(&options).map(|name| directory.join(name));
-    let (image, is_new) = make(&verb.image)?;
-    let data_file = data_path.as_deref().map(make).transpose()?;
-    let data_is_new = data_file.as_ref().is_some_and(|(_, is_new)| *is_new);
-    let data_file = data_file.map(|(data, _)| data);
-    let made = ::img::create::run(::img::create::Request { image, data_file, format: verb.format, size, options });
-    if let Err(e) = made {
-        // What was not there before is not there after.
-        if is_new {
-            let _ = std::fs::remove_file(&verb.image);
-        }
-        if let (Some(path), true) = (data_path, data_is_new) {
+    // What was not there before is not there after a failure.
+    let mut new = Vec::new();
+    let mut make = |path: &Path| -> anyhow::Result<Named> {
+        let (file, is_new) = make(path)?;
+        new.extend(is_new.then(|| path.to_owned()));
+        Ok(file)
+    };
+    let made: anyhow::Result<u8> = (|| {
+        let image = make(&verb.image)?;
+        let data_file = ::img::create::data_file(&options).map(|name| make(&directory.join(name))).transpose()?;
+        let name = verb.image.file_name().unwrap_or_default().to_string_lossy();
+        let names = ::img::create::extent_names(&verb.format, &options, size, &name)?.into_iter();
+        let extents = names.map(|name| Ok((name.clone(), make(&directory.join(&name))?)));
+        let extents = extents.collect::<anyhow::Result<Vec<(String, Named)>>>()?;
+        let format = verb.format.clone();
+        ::img::create::run(::img::create::Request { image, data_file, extents, parent_cid, format, size, options })?;
+        Ok(0)
+    })();
+    if made.is_err() {
+        for path in new {
             let _ = std::fs::remove_file(path);
         }
-        return Err(e).with_context(|| verb.image.display().to_string());
     }
-    Ok(0)
+    made.with_context(|| verb.image.display().to_string())
 }
 
 fn info(verb: Info) -> anyhow::Result<u8> {
@@ -512,7 +538,7 @@ fn info(verb: Info) -> anyhow::Result<u8> {
     } else {
         let opened = open_named(&verb.image, Rights::ReadOnly)?;
         let found = common.confinement.program().inspect(&opened.file, &opened.path, verb.format.as_deref())?;
-        let Inspection { format, data_file, .. } = found;
+        let Inspection { format, data_file, extents, .. } = found;
         let data_file = data_file.map(|data| {
             let path = verb.image.canonicalize()?;
             let base = path.parent().map(PathBuf::from).unwrap_or_default();
@@ -522,7 +548,8 @@ fn info(verb: Info) -> anyhow::Result<u8> {
         });
         let directory = directory(&name).to_owned();
         let image = named(opened, Some(name));
-        (vec![Layer { image, format, data_file: data_file.transpose()? }], vec![directory])
+        let extents = common.extents(&verb.image, &extents)?;
+        (vec![Layer { image, format, data_file: data_file.transpose()?, extents }], vec![directory])
     };
     Ok(::img::info::run(::img::info::Request {
         layers,

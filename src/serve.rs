@@ -159,6 +159,9 @@ fn announce(served: &Served, uri: Option<&str>, device: Option<&Path>) -> std::i
         if let Some(data_file) = &layer.data_file {
             writeln!(out, "  data in: {} ({rights})", data_file.path.display())?;
         }
+        for extent in &layer.extents {
+            writeln!(out, "  extent: {} ({rights})", extent.path.display())?;
+        }
     }
     if let Some(notice) = &chain.notice {
         writeln!(out, "note: {notice}")?;

@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use crate::driver::{OptionKind, OptionSpec, OptionValue, Options};
-use crate::{BlockNode, Error, ErrorKind, Preallocation, Result, luks, qcow2};
+use crate::vmdk::stream::Stream;
+use crate::{BlockNode, Error, ErrorKind, Preallocation, Result, luks, qcow2, vdi, vmdk, vpc};
 
 /// Every format of which an image can be more than opened, one line each.
 pub const FORMATS: &[Format] = &[
@@ -25,6 +26,15 @@ pub const FORMATS: &[Format] = &[
         amend: Some(qcow2::amend::amend),
     },
     Format { name: "raw", create_options: RAW_OPTIONS, create: create_raw, check: None, amend: None },
+    Format { name: "vdi", create_options: vdi::create::OPTIONS, create: vdi::create::create, check: None, amend: None },
+    Format {
+        name: "vmdk",
+        create_options: vmdk::create::OPTIONS,
+        create: vmdk::create::create,
+        check: None,
+        amend: None,
+    },
+    Format { name: "vpc", create_options: vpc::create::OPTIONS, create: vpc::create::create, check: None, amend: None },
 ];
 
 const RAW_OPTIONS: &[OptionSpec] =
@@ -65,10 +75,49 @@ pub struct CreateRequest {
     pub file: Arc<BlockNode>,
     /// Where its data goes, if it is to have an external data file.
     pub data_file: Option<Arc<BlockNode>>,
+    /// Where the extents go that are no part of `file`: as many as [`extent_names`] tells. Like `file` in all else.
+    pub extents: Vec<NewExtent>,
+    /// The content id that the backing file has now, for formats that note it (see [`Inspection`](crate::Inspection)).
+    pub parent_cid: Option<u32>,
     /// Bytes of the guest's disk, a multiple of 512.
     pub size: u64,
     /// By the names of [`Format::create_options`], of the types that stand there.
     pub options: Options,
+}
+
+/// An extent to be made.
+pub struct NewExtent {
+    /// What the image calls it.
+    pub name: String,
+    /// Where it goes.
+    pub node: Arc<BlockNode>,
+}
+
+/// What the files are called that an image `name` of format `format` and `size` bytes has besides its own, in order.
+///
+/// # Errors
+/// Options or a size that the format does not know.
+pub fn extent_names(format: &str, options: &Options, size: u64, name: &str) -> Result<Vec<String>> {
+    if format == "vmdk" { vmdk::create::extent_names(options, size, name) } else { Ok(Vec::new()) }
+}
+
+/// Begins an image that can only be written from front to end; `None` if `request` is for one that [`create`] makes.
+///
+/// # Errors
+/// As [`create`].
+pub fn stream(format: &str, request: &CreateRequest) -> Result<Option<Stream>> {
+    match format {
+        "vmdk" if vmdk::create::is_stream(&request.options) => Stream::begin(request).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// Random bytes, for what must be like nothing else.
+pub(crate) fn random<const LEN: usize>() -> Result<[u8; LEN]> {
+    let mut bytes = [0; LEN];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| Error::io("get random bytes", e.into()))?;
+    Ok(bytes)
 }
 
 /// Makes an image of format `format`. The options of [`CreateRequest`] were checked against the format's.

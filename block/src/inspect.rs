@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::alarm::Alarm;
 use crate::driver::OpenRequest;
 use crate::qcow2::header::Header;
-use crate::{BlockNode, DRIVERS, Error, Info, Result, Wait, driver_named};
+use crate::{BlockNode, DRIVERS, Error, Info, Result, Wait, driver_named, vmdk};
 
 /// What an image says about itself. Names are untrusted text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +23,10 @@ pub struct Inspection {
     pub backing_format: Option<String>,
     /// The external data file's name.
     pub data_file_name: Option<String>,
+    /// The names of the extents that are files of their own, in the order of the edges `extents.0`, `extents.1` and so on.
+    pub extents: Vec<String>,
+    /// Which content this is, for formats that say it: what is made over the image notes it.
+    pub cid: Option<u32>,
 }
 
 /// Looks at the image in `file`. `format` keeps it from guessing; a guest that can write the first sector of a raw disk could
@@ -52,9 +56,14 @@ pub fn inspect(file: &Arc<BlockNode>, format: Option<&str>) -> Result<Inspection
         backing_name: None,
         backing_format: None,
         data_file_name: None,
+        extents: Vec::new(),
+        cid: None,
     };
     if format == "raw" {
         return Ok(raw);
+    }
+    if format == "vmdk" {
+        return vmdk::inspect(file, raw);
     }
     if format != "qcow2" {
         let opened = (entry.open)(OpenRequest {

@@ -48,8 +48,8 @@ pub use encryption::Encryption;
 pub use error::{Error, ErrorKind, Result};
 pub use file::{Preallocation, create as create_file, host_driver};
 pub use formats::{
-    Amend, Check, CheckReport, CreateRequest, FORMATS, Format, Repair, Say, amend, check, create, format_named,
-    preallocation_named,
+    Amend, Check, CheckReport, CreateRequest, FORMATS, Format, NewExtent, Repair, Say, amend, check, create,
+    extent_names, format_named, preallocation_named, stream,
 };
 pub use gate::{Closed, Gate, Hold};
 pub use graph::{Edge, Graph, NodeSpec, id_is_well_formed};
@@ -60,3 +60,4 @@ pub use place::Place;
 pub use secret::Secret;
 pub use snapshot::{Snapshot, Snapshots};
 pub use sys::file::Wait;
+pub use vmdk::stream::Stream;

@@ -31,8 +31,14 @@ fn create(format: &str, given: &[(&'static str, &str)], data: Option<&File>) -> 
     let mut nodes = Nodes::new();
     let (name, data) = (nodes.file(&file, true), data.map(|data| nodes.file(data, true)));
     let node = |name: &String| Arc::clone(nodes.graph.get(name).unwrap());
-    let request =
-        CreateRequest { file: node(&name), data_file: data.as_ref().map(node), size: SIZE, options: options(given) };
+    let request = CreateRequest {
+        file: node(&name),
+        data_file: data.as_ref().map(node),
+        extents: Vec::new(),
+        parent_cid: None,
+        size: SIZE,
+        options: options(given),
+    };
     block::create(format, &request).map(|()| file)
 }
 

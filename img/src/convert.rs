@@ -11,6 +11,7 @@ use block::{BlockNode, CreateRequest, ExtentKind, Options, Wait, ZeroFlags};
 
 use crate::disk::{Disk, Layer, Named, Usage};
 use crate::progress::Progress;
+use crate::stream;
 use crate::tool::{Error, Result, confine};
 
 /// Bytes that a thread takes at a time, unless a compressed cluster is larger.
@@ -70,9 +71,21 @@ pub fn run(request: Request) -> Result<()> {
         Target::New { file, format, options } => {
             let again = Named { file: file.file.try_clone().map_err(output)?, name: file.name.clone() };
             let made = Disk::file(file, usage)?;
-            block::create(&format, &CreateRequest { file: made.node.clone(), data_file: None, size: len, options })?;
+            let request = CreateRequest {
+                file: made.node.clone(),
+                data_file: None,
+                extents: Vec::new(),
+                parent_cid: None,
+                size: len,
+                options,
+            };
+            if let Some(stream) = block::stream(&format, &request)? {
+                stream::fill(&source.node, stream, threads, &Progress::new(len, progress))?;
+                return Ok(made.close()?);
+            }
+            block::create(&format, &request)?;
             made.close()?;
-            (Disk::open(vec![Layer { image: again, format, data_file: None }], usage)?, true)
+            (Disk::open(vec![Layer { image: again, format, data_file: None, extents: Vec::new() }], usage)?, true)
         }
         Target::Existing { layers, is_zero } => (Disk::open(layers, usage)?, is_zero),
     };
@@ -124,7 +137,7 @@ fn output(e: std::io::Error) -> Error {
     Error::Text(format!("could not use the output file: {e}"))
 }
 
-fn failed(doing: &str, at: u64, e: &std::io::Error) -> Error {
+pub(crate) fn failed(doing: &str, at: u64, e: &std::io::Error) -> Error {
     Error::Text(format!("error while {doing} at byte {at}: {e}"))
 }
 
@@ -251,7 +264,7 @@ impl Copy<'_> {
 }
 
 /// Whether there are only zeroes, looked at in words.
-fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     let (blocks, rest) = bytes.as_chunks::<64>();
     blocks.iter().all(|block| block.iter().fold(0, |bits, byte| bits | byte) == 0) && rest.iter().all(|&byte| byte == 0)
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `create`: a new image. Nothing foreign is read for it.
 
-use block::{CreateRequest, OptionValue, Options};
+use block::{CreateRequest, NewExtent, OptionValue, Options};
 
 use crate::disk::{Disk, Named, Usage};
 use crate::tool::Result;
@@ -12,6 +12,10 @@ pub struct Request {
     pub image: Named,
     /// Where its data goes, if it is to have an external data file.
     pub data_file: Option<Named>,
+    /// Where its extents go that are files of their own, with what the image calls them.
+    pub extents: Vec<(String, Named)>,
+    /// The content id of its backing file.
+    pub parent_cid: Option<u32>,
     /// The format.
     pub format: String,
     /// Bytes of the disk.
@@ -28,9 +32,13 @@ pub fn run(request: Request) -> Result<()> {
     let usage = Usage { writable: true, force_share: false };
     let file = Disk::file(request.image, usage)?;
     let data = request.data_file.map(|data| Disk::file(data, usage)).transpose()?;
+    let extents = request.extents.into_iter().map(|(name, file)| Ok((name, Disk::file(file, usage)?)));
+    let extents = extents.collect::<block::Result<Vec<(String, Disk)>>>()?;
     let created = CreateRequest {
         file: file.node.clone(),
         data_file: data.as_ref().map(|data| data.node.clone()),
+        extents: extents.iter().map(|(name, disk)| NewExtent { name: name.clone(), node: disk.node.clone() }).collect(),
+        parent_cid: request.parent_cid,
         // QEMU, too, rounds up for its user.
         size: request.size.checked_next_multiple_of(512).unwrap_or(request.size),
         options: request.options,
@@ -62,6 +70,14 @@ pub fn name_backing(
 /// The backing file and its format.
 pub fn backing(options: &Options) -> Option<(&str, Option<&str>)> {
     Some((text(options, "backing_file")?, text(options, "backing_fmt")))
+}
+
+/// What the files are called that an image has besides its own.
+///
+/// # Errors
+/// Options or a size that the format does not know.
+pub fn extent_names(format: &str, options: &Options, size: u64, name: &str) -> Result<Vec<String>> {
+    Ok(block::extent_names(format, options, size, name)?)
 }
 
 /// The external data file.

@@ -22,6 +22,8 @@ pub struct Layer {
     pub format: String,
     /// Where its data is, if not in itself.
     pub data_file: Option<Named>,
+    /// Its extents that are files of their own, in order.
+    pub extents: Vec<Named>,
 }
 
 /// How an image is used.
@@ -55,6 +57,18 @@ impl Disk {
             let mut children = vec![("file", file.name().to_owned())];
             if let Some(data_file) = layer.data_file {
                 children.push(("data-file", add_file(&mut graph, data_file, usage)?.name().to_owned()));
+            }
+            let list = driver_entry(&layer.format)?.children.iter().find(|child| child.is_list());
+            let edges = list.map_or(&[][..], block::ChildSpec::edges);
+            if layer.extents.len() > edges.len() {
+                return Err(block::Error::unsupported(format!(
+                    "a {} image has at most {} extents in files of their own",
+                    layer.format,
+                    edges.len()
+                )));
+            }
+            for (edge, extent) in edges.iter().zip(layer.extents) {
+                children.push((edge, add_file(&mut graph, extent, usage)?.name().to_owned()));
             }
             if let Some(below) = &below {
                 children.push(("backing", below.name().to_owned()));
@@ -127,9 +141,12 @@ fn access(usage: Usage) -> NodeAccess {
 }
 
 fn driver(format: &str) -> Result<&'static str> {
+    driver_entry(format).map(|entry| entry.name)
+}
+
+fn driver_entry(format: &str) -> Result<&'static block::DriverEntry> {
     let entry = block::driver_named(format).filter(|entry| !entry.takes_descriptor);
-    let unknown = || block::Error::invalid(format!("Unknown driver '{}'", format.escape_debug()));
-    entry.map(|entry| entry.name).ok_or_else(unknown)
+    entry.ok_or_else(|| block::Error::invalid(format!("Unknown driver '{}'", format.escape_debug())))
 }
 
 fn add_file(graph: &mut Graph, named: Named, usage: Usage) -> Result<Arc<BlockNode>> {

@@ -60,5 +60,11 @@ fn inspect(image: std::os::fd::OwnedFd, format: Option<&str>) -> block::Result<V
             answer.insert(name.into(), json!(value));
         }
     }
+    if !found.extents.is_empty() {
+        answer.insert("extents".into(), json!(found.extents));
+    }
+    if let Some(cid) = found.cid {
+        answer.insert("cid".into(), json!(cid));
+    }
     Ok(Value::Object(answer))
 }

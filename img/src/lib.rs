@@ -15,4 +15,5 @@ pub mod measure;
 pub mod options;
 mod progress;
 pub mod resize;
+mod stream;
 pub mod tool;

@@ -84,7 +84,10 @@ pub fn create_line(name: &str, format: &str, size: u64, options: &Options) -> St
     };
     if format != "qcow2" {
         put("size", Some(&size.to_string()));
-        put("preallocation", None);
+        let defaults = [("compat6", "off"), ("hwversion", "undefined"), ("static", "off")];
+        for name in known(format).unwrap_or_default().iter().map(|spec| spec.name) {
+            put(name, defaults.into_iter().find(|(known, _)| *known == name).map(|(_, value)| value));
+        }
         return line + "\n";
     }
     let size = size.to_string();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What an image is built from: the chain of backing files and the external data file of each layer.
+//! What an image is built from: the chain of backing files, and the external data file or the extents of each layer.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -37,6 +37,8 @@ pub struct Layer {
     pub inspection: Inspection,
     /// Its external data file.
     pub data_file: Option<Opened>,
+    /// Its extents that are files of their own, in order.
+    pub extents: Vec<Opened>,
 }
 
 /// A chain of layers, the top first.
@@ -96,6 +98,8 @@ pub fn open(program: &Program, path: &std::path::Path, policy: &Policy) -> Resul
             Some(name) => Some(open_beneath(&roots, &base, name, rights)?),
             None => None,
         };
+        let extents = inspection.extents.iter().map(|name| open_beneath(&roots, &base, name, rights));
+        let extents = extents.collect::<Result<Vec<Opened>>>()?;
         let next = match &inspection.backing {
             None => None,
             Some(name) => {
@@ -112,11 +116,11 @@ pub fn open(program: &Program, path: &std::path::Path, policy: &Policy) -> Resul
             }
         };
         if policy.direct {
-            for opened in [Some(&image), data_file.as_ref()].into_iter().flatten() {
+            for opened in [Some(&image), data_file.as_ref()].into_iter().flatten().chain(&extents) {
                 opened.bypass_cache()?;
             }
         }
-        layers.push(Layer { image, inspection, data_file });
+        layers.push(Layer { image, inspection, data_file, extents });
         match next {
             None if overlaid => {
                 let (overlay, notice) = overlay::make(program, layers[0].inspection.virtual_size)?;

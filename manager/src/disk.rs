@@ -28,6 +28,10 @@ pub fn attach(daemon: &mut Daemon, chain: &Chain, name: &str, discard: bool) -> 
         if let Some(data_file) = &layer.data_file {
             options.insert("data-file".into(), file(daemon, data_file)?);
         }
+        if !layer.extents.is_empty() {
+            let extents: Result<Vec<Value>> = layer.extents.iter().map(|extent| file(daemon, extent)).collect();
+            options.insert("extents".into(), Value::Array(extents?));
+        }
         if let Some(below) = below {
             options.insert("backing".into(), json!(below));
         }

@@ -12,8 +12,8 @@ use serde::Deserialize;
 
 use crate::{Error, Result};
 
-/// Longest answer that is read, bytes: names in images are at most 1023 bytes each.
-const MAX_ANSWER: usize = 64 << 10;
+/// Longest answer that is read, bytes: most of it is the names of extents.
+const MAX_ANSWER: usize = 2 << 20;
 
 /// What an image says about itself. Names are untrusted text.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
@@ -31,6 +31,11 @@ pub struct Inspection {
     pub backing_format: Option<String>,
     /// The external data file's name.
     pub data_file: Option<String>,
+    /// The names of the extents that are files of their own, in order.
+    #[serde(default)]
+    pub extents: Vec<String>,
+    /// Which content this is, for formats that say it.
+    pub cid: Option<u32>,
 }
 
 #[derive(Deserialize)]

@@ -60,8 +60,10 @@ pub fn make(program: &Program, size: u64) -> Result<(Layer, Option<String>)> {
         backing: None,
         backing_format: None,
         data_file: None,
+        extents: Vec::new(),
+        cid: None,
     };
-    Ok((Layer { image, inspection, data_file: None }, notice))
+    Ok((Layer { image, inspection, data_file: None, extents: Vec::new() }, notice))
 }
 
 /// A new file in `directory`, which has no name there.

@@ -134,6 +134,31 @@ impl ExtentLine {
     }
 }
 
+/// An extent line to be written.
+pub struct Extent<'a> {
+    pub sectors: u64,
+    pub kind: &'a str,
+    pub name: &'a str,
+    pub offset: Option<u64>,
+}
+
+/// A new descriptor up to the disk data base, to which lines `ddb.KEY = "VALUE"` are added. No text in it has quotes or control
+/// characters.
+pub fn head(cid: u32, parent_cid: u32, create_type: &str, hint: Option<&str>, extents: &[Extent<'_>]) -> String {
+    let hint = hint.map_or(String::new(), |hint| format!("parentFileNameHint=\"{hint}\"\n"));
+    let lines: String = extents
+        .iter()
+        .map(|Extent { sectors, kind, name, offset }| {
+            let offset = offset.map_or(String::new(), |offset| format!(" {offset}"));
+            format!("RW {sectors} {kind} \"{name}\"{offset}\n")
+        })
+        .collect();
+    format!(
+        "# Disk DescriptorFile\nversion=1\nCID={cid:08x}\nparentCID={parent_cid:08x}\ncreateType=\"{create_type}\"\n{hint}\n\
+         # Extent description\n{lines}\n# The Disk Data Base\n#DDB\n\n"
+    )
+}
+
 fn parse_cid(value: &[u8]) -> Result<u32> {
     let digits = std::str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
     digits.and_then(|text| u32::from_str_radix(text, 16).ok()).ok_or_else(|| {

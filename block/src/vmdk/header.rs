@@ -22,16 +22,16 @@ const GRAINS: std::ops::RangeInclusive<u64> = 4096..=64 << 20;
 const MAX_TABLES: u64 = 2 << 20;
 const MAX_ENTRIES: u64 = 512;
 /// The directory is where the footer says.
-const AT_END: u64 = u64::MAX;
+pub const AT_END: u64 = u64::MAX;
 /// Footer marker, footer, end-of-stream marker.
 const FOOTER: u64 = 3 * SECTOR;
 /// Flags.
-const NEWLINES: u32 = 1;
-const REDUNDANT: u32 = 1 << 1;
-const ZERO_GRAINS: u32 = 1 << 2;
-const COMPRESSED: u32 = 1 << 16;
-const MARKERS: u32 = 1 << 17;
-const DEFLATE: u16 = 1;
+pub const NEWLINES: u32 = 1;
+pub const REDUNDANT: u32 = 1 << 1;
+pub const ZERO_GRAINS: u32 = 1 << 2;
+pub const COMPRESSED: u32 = 1 << 16;
+pub const MARKERS: u32 = 1 << 17;
+pub const DEFLATE: u16 = 1;
 
 /// A header, checked. Places and sizes are bytes.
 #[derive(Debug)]

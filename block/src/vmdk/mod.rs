@@ -7,17 +7,19 @@
 //! the caller gives; if that is a `vmdk`, its CID must be the one; of another format nothing can be asked, and the caller who
 //! named the node is believed.
 
+pub mod create;
 mod descriptor;
 mod header;
 mod part;
 mod sparse;
+pub mod stream;
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use descriptor::{Descriptor, NO_PARENT};
+use descriptor::{Access, Descriptor, NO_PARENT};
 use header::{Header, MAGIC};
 use part::Part;
 use rustix::io::Errno;
@@ -25,7 +27,7 @@ use sparse::Sparse;
 
 use crate::claims::Writes;
 use crate::driver::{Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, Prepared, ZeroFlags};
-use crate::{BlockNode, Error, Result, Wait};
+use crate::{BlockNode, Error, Inspection, Result, Wait};
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {
     name: "vmdk",
@@ -65,6 +67,61 @@ struct Vmdk {
 
 fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
     let file = request.child("file")?;
+    let Read { header, descriptor, descriptor_at } = read(&file)?;
+    let backing = backing(&request, &descriptor)?;
+    let parts = match header {
+        Some(header) => vec![only_part(header, &file, &descriptor, &request, backing)?],
+        None => Part::all(&descriptor.extents, &request.children, backing.as_ref())?,
+    };
+    let vmdk = Vmdk {
+        file,
+        parts,
+        cid: AtomicU32::new(descriptor.cid),
+        descriptor,
+        descriptor_at,
+        marked: AtomicBool::new(false),
+        marking: Mutex::new(()),
+    };
+    if request.writable {
+        vmdk.reopen(true)?;
+    }
+    Ok(Box::new(vmdk))
+}
+
+/// What is told of the image in `file` without its extents; the rest is as in `raw`.
+pub fn inspect(file: &Arc<BlockNode>, raw: Inspection) -> Result<Inspection> {
+    let Read { header, descriptor, .. } = read(file)?;
+    let sectors = descriptor.extents.iter().try_fold(0u64, |sum, extent| sum.checked_add(extent.sectors));
+    let sizes = || Error::corrupt("the VMDK's extents are too large together");
+    let (virtual_size, writable) = match &header {
+        Some(header) => (header.capacity, !header.compressed && header.version != 3),
+        None => (sectors.and_then(|sectors| sectors.checked_mul(header::SECTOR)).ok_or_else(sizes)?, true),
+    };
+    let may_be_written =
+        descriptor.extents.iter().any(|extent| extent.access == Access::ReadWrite && extent.kind != "ZERO");
+    let extents = descriptor.extents.into_iter().filter(|extent| header.is_none() && extent.kind != "ZERO");
+    let extents = extents.map(|extent| extent.name).collect();
+    let backing_name = descriptor.parent_hint.filter(|_| descriptor.parent_cid != NO_PARENT);
+    Ok(Inspection {
+        virtual_size,
+        writable: writable && may_be_written,
+        backing_format: backing_name.is_some().then(|| "vmdk".to_owned()),
+        backing_name,
+        extents,
+        cid: Some(descriptor.cid),
+        ..raw
+    })
+}
+
+/// What stands in the image's own file.
+struct Read {
+    /// Of a sparse extent; there is none in a descriptor file.
+    header: Option<Header>,
+    descriptor: Descriptor,
+    descriptor_at: (u64, u64),
+}
+
+fn read(file: &Arc<BlockNode>) -> Result<Read> {
     let mut start = [0; 512];
     file.read_or_zero(&mut start, 0, Wait::Allowed).map_err(|e| Error::io("read the VMDK header", e))?;
     for (magic, what) in [(COWD, "an ESX sparse extent (COWD)"), (SESPARSE, "a space-efficient extent (seSparse)")] {
@@ -72,7 +129,7 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
             return Err(Error::unsupported(format!("this VMDK is {what}, which this version does not read")));
         }
     }
-    let header = if start.starts_with(TEXT) { None } else { Some(Header::read(&file)?) };
+    let header = if start.starts_with(TEXT) { None } else { Some(Header::read(file)?) };
     let descriptor_at = header.as_ref().map_or((0, file.len()), |header| header.descriptor);
     if descriptor_at.1 == 0 {
         return Err(Error::unsupported(
@@ -93,24 +150,7 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
             known.join(", ")
         )));
     }
-    let backing = backing(&request, &descriptor)?;
-    let parts = match header {
-        Some(header) => vec![only_part(header, &file, &descriptor, &request, backing)?],
-        None => Part::all(&descriptor.extents, &request.children, backing.as_ref())?,
-    };
-    let vmdk = Vmdk {
-        file,
-        parts,
-        cid: AtomicU32::new(descriptor.cid),
-        descriptor,
-        descriptor_at,
-        marked: AtomicBool::new(false),
-        marking: Mutex::new(()),
-    };
-    if request.writable {
-        vmdk.reopen(true)?;
-    }
-    Ok(Box::new(vmdk))
+    Ok(Read { header, descriptor, descriptor_at })
 }
 
 /// The part of a disk in one file. What its line says besides the access is not looked at: the header knows it better.

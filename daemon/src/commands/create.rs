@@ -152,7 +152,7 @@ fn create_qcow2(daemon: &mut Daemon, job_id: String, mut options: Map<String, Va
         if let Some(data_file) = &data_file {
             checked.insert("data_file", OptionValue::Str(data_file.filename().to_owned()));
         }
-        let request = CreateRequest { file, data_file, size, options: checked };
+        let request = CreateRequest { file, data_file, extents: Vec::new(), parent_cid: None, size, options: checked };
         block::create("qcow2", &request).map_err(|e| e.to_string())
     })
 }

@@ -12,6 +12,8 @@
 //! count of allocated blocks is on disk before the map names one of them: a count too small would have the next writer put a new
 //! block over a living one.
 
+pub mod create;
+
 use std::io;
 use std::sync::Arc;
 

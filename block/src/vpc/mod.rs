@@ -13,6 +13,8 @@
 //! then its data; in a disk without parent the bitmap is all ones. The footer moves with the end of the file, and until the next
 //! flush the copy at the start speaks for it.
 
+pub mod create;
+
 use std::io;
 use std::sync::Arc;
 
