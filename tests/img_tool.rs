@@ -292,8 +292,11 @@ fn ctrl_c_leaves_no_half_image() {
     };
     loop {
         std::fs::write(dir.join("copy.qcow2"), b"what was there").unwrap();
-        let mut command = Command::new(DOORLESS);
-        command.args(["img", "convert", "-c", "-O", "qcow2", "noise.raw", "copy.qcow2"]).current_dir(&dir);
+        // Who runs in the background of a shell has the signal ignored, and so would its children.
+        let mut command = Command::new("env");
+        command
+            .args(["--default-signal=INT", DOORLESS, "img", "convert", "-c", "-O", "qcow2", "noise.raw", "copy.qcow2"])
+            .current_dir(&dir);
         let mut child = command.spawn().unwrap();
         while parts() == 0 && child.try_wait().unwrap().is_none() {
             std::thread::yield_now();
