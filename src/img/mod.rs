@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `doorless img`, and the same under the name `qemu-img`: image verbs with that program's options.
+//!
+//! This process opens what its arguments name, and what the images name as far as the policy of [`manager::chain`] goes; then it
+//! confines itself, and only then looks into an image. What is not built yet is refused by name.
+
+mod changing;
+mod images;
+mod looking;
+mod making;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+/// Image verbs with qemu-img's options: every image is looked into by a process that can open nothing any more.
+#[derive(Parser)]
+#[command(args_override_self = true, arg_required_else_help = true)]
+struct Options {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Change options of an image: compat, lazy_refcounts, backing_file, backing_fmt.
+    Amend(changing::Amend),
+    /// Look for damage, and repair it.
+    Check(looking::Check),
+    /// Tell whether two images show a guest the same.
+    Compare(looking::Compare),
+    /// Copy an image, with what it is built from, into a new one.
+    Convert(making::Convert),
+    /// Make an image.
+    Create(making::Create),
+    /// Tell what an image says about itself.
+    Info(looking::Info),
+    /// Tell where the bytes of an image are stored.
+    Map(looking::Map),
+    /// Tell how large the file of a new image will be.
+    Measure(looking::Measure),
+    /// Change the size of an image's disk.
+    Resize(changing::Resize),
+    #[command(hide = true)]
+    Bench(Rest),
+    #[command(hide = true)]
+    Bitmap(Rest),
+    #[command(hide = true)]
+    Commit(Rest),
+    #[command(hide = true)]
+    Dd(Rest),
+    #[command(hide = true)]
+    Rebase(Rest),
+    #[command(hide = true)]
+    Snapshot(Rest),
+}
+
+#[derive(Args)]
+struct Rest {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    _arguments: Vec<OsString>,
+}
+
+/// Runs `arguments` under the name `name`; the exit status is qemu-img's.
+pub fn run(name: &'static str, arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
+    let words = std::iter::once(OsString::from(name)).chain(arguments);
+    let parsed = Options::command().bin_name(name).try_get_matches_from(words);
+    let options = match parsed.and_then(|matches| Options::from_arg_matches(&matches)) {
+        Ok(options) => options,
+        Err(e) => {
+            let help = !e.use_stderr();
+            e.print()?;
+            return Ok(if help { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+    };
+    let refused = |verb: &str| bail!("the verb '{verb}' is not supported by this version");
+    let status = match options.verb {
+        Verb::Amend(verb) => changing::amend(verb)?,
+        Verb::Check(verb) => looking::check(verb)?,
+        // 1 says that the images differ.
+        Verb::Compare(verb) => match looking::compare(verb) {
+            Ok(status) => status,
+            Err(e) => {
+                eprintln!("{name}: {e:#}");
+                2
+            }
+        },
+        Verb::Convert(verb) => making::convert(verb)?,
+        Verb::Create(verb) => making::create(verb)?,
+        Verb::Info(verb) => looking::info(verb)?,
+        Verb::Map(verb) => looking::map(verb)?,
+        Verb::Measure(verb) => looking::measure(verb)?,
+        Verb::Resize(verb) => changing::resize(verb)?,
+        Verb::Bench(_) => return refused("bench"),
+        Verb::Bitmap(_) => return refused("bitmap"),
+        Verb::Commit(_) => return refused("commit"),
+        Verb::Dd(_) => return refused("dd"),
+        Verb::Rebase(_) => return refused("rebase"),
+        Verb::Snapshot(_) => return refused("snapshot"),
+    };
+    Ok(ExitCode::from(status))
+}
