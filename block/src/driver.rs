@@ -175,6 +175,8 @@ pub struct OpenRequest {
     pub options: Options,
     /// Whether requests may change the image. Without it the driver writes nothing, not even a header.
     pub writable: bool,
+    /// Whether only [`Driver::info`] and the like will be asked, and no byte of the guest's: then no key is needed.
+    pub facts_only: bool,
     /// The node's name, for messages.
     pub node_name: String,
     /// Where the driver says that it found its image damaged, or lost its connection.
@@ -371,6 +373,17 @@ pub enum InfoValue {
     Int(u64),
     /// Text; untrusted if it came from the image.
     Str(String),
+    /// Several.
+    List(Vec<InfoValue>),
+    /// Further ones, by QEMU's member names.
+    Map(Vec<(&'static str, InfoValue)>),
+}
+
+impl InfoValue {
+    /// Text that is given as a reference.
+    pub(crate) fn text(text: &str) -> InfoValue {
+        InfoValue::Str(text.to_owned())
+    }
 }
 
 /// An open image. Offsets are bytes of the guest's view, below [`Driver::len`]; [`BlockNode`] has checked them.

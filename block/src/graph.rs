@@ -127,6 +127,7 @@ impl Graph {
             detached: spec.detached,
             options: options.clone(),
             writable: spec.access.writable,
+            facts_only: false,
             node_name: name.clone(),
             alarm: alarm.clone(),
         };

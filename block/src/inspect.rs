@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use crate::alarm::Alarm;
-use crate::driver::OpenRequest;
+use crate::driver::{Driver, DriverEntry, OpenRequest};
 use crate::qcow2::header::Header;
-use crate::{BlockNode, DRIVERS, Error, Info, Result, Wait, driver_named, vmdk};
+use crate::{BlockNode, Children, DRIVERS, Error, Info, Result, Snapshot, Snapshots, Wait, driver_named, vmdk};
 
 /// What an image says about itself. Names are untrusted text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +27,45 @@ pub struct Inspection {
     pub extents: Vec<String>,
     /// Which content this is, for formats that say it: what is made over the image notes it.
     pub cid: Option<u32>,
+}
+
+/// What can be told of an image without a key, and without what is below it.
+#[derive(Debug)]
+pub struct Facts {
+    /// Bytes that a guest sees.
+    pub len: u64,
+    /// Facts.
+    pub info: Info,
+    /// The snapshots that it keeps, the oldest first.
+    pub snapshots: Vec<Snapshot>,
+}
+
+/// What the image of format `format` says about itself. `children` are the nodes that it is built from, without what is below it.
+///
+/// # Errors
+/// `Invalid` for a format that does not exist, and whatever is wrong with the image.
+pub fn facts(format: &str, children: Children) -> Result<Facts> {
+    let unknown = || Error::invalid(format!("Unknown driver '{}'", format.escape_debug()));
+    let entry = driver_named(format).filter(|entry| entry.is_format()).ok_or_else(unknown)?;
+    let opened = open(entry, children)?;
+    let snapshots = opened.snapshots().map_or(Ok(Vec::new()), Snapshots::list)?;
+    Ok(Facts { len: opened.len(), info: opened.info(), snapshots })
+}
+
+fn open(entry: &DriverEntry, children: Children) -> Result<Box<dyn Driver>> {
+    let file = children.get("file").ok_or_else(|| Error::invalid("Parameter 'file' is missing"))?;
+    let (filename, node_name) = (file.filename().to_owned(), file.name().to_owned());
+    (entry.open)(OpenRequest {
+        descriptor: None,
+        filename,
+        children,
+        detached: ["backing"].into(),
+        options: [].into(),
+        writable: false,
+        facts_only: true,
+        node_name,
+        alarm: Alarm::default(),
+    })
 }
 
 /// Looks at the image in `file`. `format` keeps it from guessing; a guest that can write the first sector of a raw disk could
@@ -66,16 +105,7 @@ pub fn inspect(file: &Arc<BlockNode>, format: Option<&str>) -> Result<Inspection
         return vmdk::inspect(file, raw);
     }
     if format != "qcow2" {
-        let opened = (entry.open)(OpenRequest {
-            descriptor: None,
-            filename: file.filename().to_owned(),
-            children: [("file", Arc::clone(file))].into(),
-            detached: ["backing"].into(),
-            options: [].into(),
-            writable: false,
-            node_name: file.name().to_owned(),
-            alarm: Alarm::default(),
-        })?;
+        let opened = open(entry, [("file", Arc::clone(file))].into())?;
         let Info { backing_name, backing_format, .. } = opened.info();
         // Some images of a format that can be written cannot be: this looks, and changes nothing.
         let writable = writable && opened.reopen(true).is_ok();

@@ -54,7 +54,7 @@ pub use formats::{
 pub use gate::{Closed, Gate, Hold};
 pub use graph::{Edge, Graph, NodeSpec, id_is_well_formed};
 pub use host::{Descriptor, Host, Lost, Opener};
-pub use inspect::{Inspection, inspect};
+pub use inspect::{Facts, Inspection, facts, inspect};
 pub use node::{BlockNode, Extent, ExtentKind, NodeAccess};
 pub use place::Place;
 pub use secret::Secret;

@@ -63,6 +63,7 @@ fn open(image: Vec<u8>) -> block::Result<Opened> {
         detached: BTreeSet::new(),
         options: block::Options::new(),
         writable: true,
+        facts_only: false,
         node_name: "image".into(),
         alarm: Alarm::new(move |corruption| hears.lock().unwrap().push(corruption)),
     })?;

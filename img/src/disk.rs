@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use block::{BlockNode, Claim, Graph, Host, NodeAccess, NodeSpec, Result, Use, User};
+use block::{BlockNode, Claim, Facts, Graph, Host, NodeAccess, NodeSpec, Result, Use, User};
 
 /// An opened file and what its user calls it.
 pub struct Named {
@@ -53,29 +53,14 @@ impl Disk {
         let mut below: Option<Arc<BlockNode>> = None;
         for (index, layer) in layers.into_iter().enumerate().rev() {
             let usage = Usage { writable: usage.writable && index == 0, ..usage };
-            let file = add_file(&mut graph, layer.image, usage)?;
-            let mut children = vec![("file", file.name().to_owned())];
-            if let Some(data_file) = layer.data_file {
-                children.push(("data-file", add_file(&mut graph, data_file, usage)?.name().to_owned()));
-            }
-            let list = driver_entry(&layer.format)?.children.iter().find(|child| child.is_list());
-            let edges = list.map_or(&[][..], block::ChildSpec::edges);
-            if layer.extents.len() > edges.len() {
-                return Err(block::Error::unsupported(format!(
-                    "a {} image has at most {} extents in files of their own",
-                    layer.format,
-                    edges.len()
-                )));
-            }
-            for (edge, extent) in edges.iter().zip(layer.extents) {
-                children.push((edge, add_file(&mut graph, extent, usage)?.name().to_owned()));
-            }
+            let format = layer.format.clone();
+            let mut children = add_files(&mut graph, layer, usage)?;
             if let Some(below) = &below {
                 children.push(("backing", below.name().to_owned()));
             }
             below = Some(graph.add(NodeSpec {
                 name: None,
-                driver: driver(&layer.format)?,
+                driver: driver(&format)?,
                 access: access(usage),
                 host: None,
                 filename: String::new(),
@@ -88,6 +73,28 @@ impl Disk {
         let mut disk = Disk { graph, claim: None, node };
         disk.claim_top(usage)?;
         Ok(disk)
+    }
+
+    /// What an image says about itself, and the bytes of its file. Neither a key nor what is below it is needed.
+    ///
+    /// # Errors
+    /// It is broken, or another program uses it in a way that excludes reading it.
+    pub fn facts(layer: Layer, usage: Usage) -> Result<(Facts, u64)> {
+        let mut graph = Graph::new();
+        let format = layer.format.clone();
+        let files = add_files(&mut graph, layer, usage)?;
+        let mut children = block::Children::new();
+        let mut claims = Vec::new();
+        for (edge, name) in &files {
+            children.insert(edge, Arc::clone(graph.get(name)?));
+            let shared = usage.force_share;
+            let user = User::Export { id: "img".into() };
+            claims.push(graph.claim(name, Use { user, writes: false, resizes: false, shares_writes: shared })?);
+        }
+        let len = children.get("file").map_or(0, |file| file.len());
+        let facts = block::facts(&format, children);
+        claims.into_iter().for_each(|claim| graph.release(claim));
+        Ok((facts?, len))
     }
 
     /// Opens the file of an image alone, whatever its format.
@@ -134,6 +141,28 @@ impl Disk {
         let name = self.node.name().to_owned();
         flushed.and_then(|()| self.graph.remove(&name))
     }
+}
+
+/// Adds the files that an image is in; the edges by which it finds them.
+fn add_files(graph: &mut Graph, layer: Layer, usage: Usage) -> Result<Vec<(&'static str, String)>> {
+    let file = add_file(graph, layer.image, usage)?;
+    let mut children = vec![("file", file.name().to_owned())];
+    if let Some(data_file) = layer.data_file {
+        children.push(("data-file", add_file(graph, data_file, usage)?.name().to_owned()));
+    }
+    let list = driver_entry(&layer.format)?.children.iter().find(|child| child.is_list());
+    let edges = list.map_or(&[][..], block::ChildSpec::edges);
+    if layer.extents.len() > edges.len() {
+        return Err(block::Error::unsupported(format!(
+            "a {} image has at most {} extents in files of their own",
+            layer.format,
+            edges.len()
+        )));
+    }
+    for (&edge, extent) in edges.iter().zip(layer.extents) {
+        children.push((edge, add_file(graph, extent, usage)?.name().to_owned()));
+    }
+    Ok(children)
 }
 
 fn access(usage: Usage) -> NodeAccess {

@@ -3,6 +3,7 @@
 //! before, gives up every way to open more, and only then looks into them.
 
 pub mod amend;
+pub mod bitmap;
 pub mod check;
 pub mod compare;
 pub mod convert;
@@ -15,5 +16,6 @@ pub mod measure;
 pub mod options;
 mod progress;
 pub mod resize;
+pub mod snapshot;
 mod stream;
 pub mod tool;

@@ -30,6 +30,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// # Errors
 /// A layer cannot be had, unless `best_effort`.
 pub fn confine(best_effort: bool) -> Result<()> {
+    // Its rules stand in a file, which is out of reach afterwards.
+    sys::clock::learn_zone();
     let plan = Plan::new(Role::Tool);
     confine::confine(&if best_effort { plan.best_effort() } else { plan })?;
     Ok(())
@@ -59,4 +61,9 @@ pub fn say_json(value: &serde_json::Value) -> Result<()> {
     serde::Serialize::serialize(value, &mut out).map_err(|e| Error::Text(e.to_string()))?;
     bytes.push(b'\n');
     say(&String::from_utf8_lossy(&bytes))
+}
+
+/// Text from an image for a terminal: what could steer that is escaped.
+pub fn printable(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }

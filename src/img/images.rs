@@ -9,7 +9,7 @@ use ::img::options::size;
 use anyhow::bail;
 use clap::Args;
 use manager::chain::{Chain, Policy};
-use manager::opening::{Opened, Rights, open_beneath};
+use manager::opening::{Opened, Rights, open_beneath, open_named};
 
 use crate::Confinement;
 
@@ -62,14 +62,25 @@ impl Common {
         Ok(chain)
     }
 
-    /// Opens the extents of the image at `path` that are files of their own, to be read.
-    pub fn extents(&self, path: &Path, names: &[String]) -> anyhow::Result<Vec<Named>> {
-        let path = path.canonicalize()?;
-        let base = path.parent().map(PathBuf::from).unwrap_or_default();
+    /// Opens an image without those below it: what is asked is not in them.
+    pub fn alone(&self, path: &Path, format: Option<&str>, rights: Rights) -> anyhow::Result<Layer> {
+        if rights == Rights::ReadWrite && self.force_share {
+            bail!("Could not open '{}': force-share=on can only be used with read-only images", path.display());
+        }
+        let opened = open_named(path, rights)?;
+        let found = self.confinement.program().inspect(&opened.file, &opened.path, format)?;
+        let whole = path.canonicalize()?;
+        let base = whole.parent().map(PathBuf::from).unwrap_or_default();
         let mut roots = vec![base.clone()];
         roots.extend(self.allow.iter().filter_map(|root| root.canonicalize().ok()));
-        let open = |name: &String| Ok(named(open_beneath(&roots, &base, name, Rights::ReadOnly)?, None));
-        names.iter().map(open).collect()
+        let open =
+            |name: &String| -> anyhow::Result<Named> { Ok(named(open_beneath(&roots, &base, name, rights)?, None)) };
+        Ok(Layer {
+            image: named(opened, Some(path.display().to_string())),
+            format: found.format,
+            data_file: found.data_file.as_ref().map(open).transpose()?,
+            extents: found.extents.iter().map(open).collect::<anyhow::Result<_>>()?,
+        })
     }
 
     pub fn layers(&self, path: &Path, format: Option<&str>, rights: Rights) -> anyhow::Result<Vec<Layer>> {

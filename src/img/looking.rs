@@ -3,13 +3,11 @@
 
 use std::path::PathBuf;
 
-use ::img::disk::Layer;
 use ::img::measure::Source;
 use ::img::options::{known, parse};
 use anyhow::bail;
 use clap::Args;
-use manager::inspector::Inspection;
-use manager::opening::{Rights, open_beneath, open_named};
+use manager::opening::{Rights, open_named};
 
 use super::images::{Common, Output, bytes, directory, named};
 
@@ -137,20 +135,8 @@ pub fn info(verb: Info) -> anyhow::Result<u8> {
         let directories = layers.iter().map(|layer| directory(&layer.image.name).to_owned()).collect();
         (layers, directories)
     } else {
-        let opened = open_named(&verb.image, Rights::ReadOnly)?;
-        let found = common.confinement.program().inspect(&opened.file, &opened.path, verb.format.as_deref())?;
-        let Inspection { format, data_file, extents, .. } = found;
-        let data_file = data_file.map(|data| {
-            let path = verb.image.canonicalize()?;
-            let base = path.parent().map(PathBuf::from).unwrap_or_default();
-            let mut roots = vec![base.clone()];
-            roots.extend(common.allow.iter().filter_map(|root| root.canonicalize().ok()));
-            Ok::<_, anyhow::Error>(named(open_beneath(&roots, &base, &data, Rights::ReadOnly)?, None))
-        });
-        let directory = directory(&name).to_owned();
-        let image = named(opened, Some(name));
-        let extents = common.extents(&verb.image, &extents)?;
-        (vec![Layer { image, format, data_file: data_file.transpose()?, extents }], vec![directory])
+        let layer = common.alone(&verb.image, verb.format.as_deref(), Rights::ReadOnly)?;
+        (vec![layer], vec![directory(&name).to_owned()])
     };
     Ok(::img::info::run(::img::info::Request {
         layers,

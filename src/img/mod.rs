@@ -6,6 +6,7 @@
 
 mod changing;
 mod images;
+mod keeping;
 mod looking;
 mod making;
 
@@ -27,6 +28,8 @@ struct Options {
 enum Verb {
     /// Change options of an image: compat, lazy_refcounts, backing_file, backing_fmt.
     Amend(changing::Amend),
+    /// Change the dirty bitmaps that an image keeps.
+    Bitmap(keeping::Bitmap),
     /// Look for damage, and repair it.
     Check(looking::Check),
     /// Tell whether two images show a guest the same.
@@ -46,15 +49,13 @@ enum Verb {
     #[command(hide = true)]
     Bench(Rest),
     #[command(hide = true)]
-    Bitmap(Rest),
-    #[command(hide = true)]
     Commit(Rest),
     #[command(hide = true)]
     Dd(Rest),
     #[command(hide = true)]
     Rebase(Rest),
-    #[command(hide = true)]
-    Snapshot(Rest),
+    /// Keep states of an image's disk, go back to them, let them go.
+    Snapshot(keeping::Snapshot),
 }
 
 #[derive(Args)]
@@ -78,6 +79,7 @@ pub fn run(name: &'static str, arguments: Vec<OsString>) -> anyhow::Result<ExitC
     let refused = |verb: &str| bail!("the verb '{verb}' is not supported by this version");
     let status = match options.verb {
         Verb::Amend(verb) => changing::amend(verb)?,
+        Verb::Bitmap(verb) => keeping::bitmap(verb)?,
         Verb::Check(verb) => looking::check(verb)?,
         // 1 says that the images differ.
         Verb::Compare(verb) => match looking::compare(verb) {
@@ -94,11 +96,10 @@ pub fn run(name: &'static str, arguments: Vec<OsString>) -> anyhow::Result<ExitC
         Verb::Measure(verb) => looking::measure(verb)?,
         Verb::Resize(verb) => changing::resize(verb)?,
         Verb::Bench(_) => return refused("bench"),
-        Verb::Bitmap(_) => return refused("bitmap"),
         Verb::Commit(_) => return refused("commit"),
         Verb::Dd(_) => return refused("dd"),
         Verb::Rebase(_) => return refused("rebase"),
-        Verb::Snapshot(_) => return refused("snapshot"),
+        Verb::Snapshot(verb) => keeping::snapshot(verb)?,
     };
     Ok(ExitCode::from(status))
 }

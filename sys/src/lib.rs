@@ -2,7 +2,7 @@
 //! The one crate with `unsafe`: what Linux offers and neither std nor rustix wraps safely.
 //!
 //! Everything here is a thin function with a safe face. A module stands for one corner of the kernel:
-//! [`attempt`] makes calls that a confined process must not be able to make,
+//! [`attempt`] makes calls that a confined process must not be able to make, [`clock`] tells local time to one,
 //! [`fd`] takes ownership of inherited descriptors, [`file`] does positioned I/O that may refuse to sleep,
 //! [`disk`] asks block devices for their size, [`guest`] reaches memory that a guest shares, [`scatter`] reads files into it,
 //! `sigbus` survives its loss, [`memory`] tells the allocator its limits, [`signal`] turns signals into a readable
@@ -10,6 +10,7 @@
 
 pub mod attempt;
 pub mod background;
+pub mod clock;
 pub mod disk;
 pub mod fd;
 pub mod file;

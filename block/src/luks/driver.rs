@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::cipher::{IvGenerator, Mode, SECTOR};
-use super::{header, volume};
+use super::cipher::SECTOR;
+use super::facts::facts;
+use super::header;
+use super::volume::{self, Volume};
 use crate::claims::Writes;
 use crate::driver::{
-    Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared,
-    Target, ZeroFlags,
+    Ask, ChildSpec, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared, Target,
+    ZeroFlags,
 };
 use crate::encryption::Encryption;
 use crate::{BlockNode, Error, Preallocation, Result, Wait};
@@ -36,21 +38,26 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
 
 struct Luks {
     file: Arc<BlockNode>,
-    encryption: Encryption,
+    /// `None` if only facts are asked for.
+    encryption: Option<Encryption>,
     header: header::Header,
     detached: bool,
 }
 
 fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
     let file = request.child("file")?;
-    let Some(secret) = request.secret("key-secret") else {
-        return Err(Error::invalid("Parameter 'key-secret' is required for cipher"));
-    };
     let detached = request.children.get("header");
     let place = detached.unwrap_or(&file);
     let read_at = |offset: u64, buf: &mut [u8]| place.read_or_zero(buf, offset, Wait::Allowed);
-    let volume = volume::open(&read_at, place.len(), secret.bytes())?;
-    let payload = volume.header.payload;
+    let (header, cipher) = match request.secret("key-secret") {
+        Some(secret) => {
+            let Volume { cipher, header } = volume::open(&read_at, place.len(), secret.bytes())?;
+            (header, Some(cipher))
+        }
+        None if request.facts_only => (volume::read_header(&read_at, place.len())?, None),
+        None => return Err(Error::invalid("Parameter 'key-secret' is required for cipher")),
+    };
+    let payload = header.payload;
     if payload == 0 && detached.is_none() {
         return Err(Error::invalid("the LUKS header is detached from its payload: give 'header' a node, too"));
     }
@@ -60,13 +67,14 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
             file.len()
         )));
     }
-    let encryption = Encryption::new(volume.cipher, payload);
-    Ok(Box::new(Luks { file, encryption, detached: detached.is_some(), header: volume.header }))
+    let encryption = cipher.map(|cipher| Encryption::new(cipher, payload));
+    Ok(Box::new(Luks { file, encryption, detached: detached.is_some(), header }))
 }
 
 impl Luks {
-    fn target(&self, offset: u64) -> Target<'_> {
-        Target::Encrypted { node: &self.file, offset: self.header.payload + offset, encryption: &self.encryption }
+    fn target(&self, offset: u64) -> io::Result<Target<'_>> {
+        let encryption = self.encryption.as_ref().ok_or(Errno::NOKEY)?;
+        Ok(Target::Encrypted { node: &self.file, offset: self.header.payload + offset, encryption })
     }
 }
 
@@ -76,11 +84,11 @@ impl Driver for Luks {
     }
 
     fn map(&self, offset: u64, len: u64, _: Ask) -> io::Result<Mapping<'_>> {
-        Ok(Mapping::fixed(self.target(offset), len))
+        Ok(Mapping::fixed(self.target(offset)?, len))
     }
 
     fn prepare_write(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
-        Ok(Prepared::in_place(self.target(offset), len))
+        Ok(Prepared::in_place(self.target(offset)?, len))
     }
 
     fn zero_unit(&self) -> u64 {
@@ -123,28 +131,7 @@ impl Driver for Luks {
     }
 
     fn info(&self) -> Info {
-        let text = |text: &str| InfoValue::Str(text.to_owned());
-        let spec = self.header.cipher;
-        let mut specifics = vec![
-            ("cipher-alg", InfoValue::Str(format!("aes-{}", spec.aes_bytes * 8))),
-            ("cipher-mode", text(if spec.mode == Mode::Xts { "xts" } else { "cbc" })),
-            (
-                "ivgen-alg",
-                text(match spec.iv {
-                    IvGenerator::Plain => "plain",
-                    IvGenerator::Plain64 => "plain64",
-                    IvGenerator::EssivSha256 => "essiv",
-                }),
-            ),
-        ];
-        if spec.iv == IvGenerator::EssivSha256 {
-            specifics.push(("ivgen-hash-alg", text("sha256")));
-        }
-        specifics.push(("hash-alg", text(self.header.hash.name())));
-        specifics.push(("detached-header", InfoValue::Bool(self.detached)));
-        specifics.push(("payload-offset", InfoValue::Int(self.header.payload)));
-        specifics.push(("master-key-iters", InfoValue::Int(self.header.iterations.into())));
-        specifics.push(("uuid", text(&self.header.uuid)));
+        let specifics = facts(&self.header, self.detached, false);
         Info { allocated_size: self.file.info().allocated_size, encrypted: true, specifics, ..Info::default() }
     }
 }

@@ -8,6 +8,7 @@
 mod cipher;
 pub(crate) mod create;
 mod driver;
+mod facts;
 pub(crate) mod header;
 mod keys;
 pub(crate) mod options;
@@ -15,6 +16,7 @@ mod volume;
 
 pub use cipher::{Cipher, CipherSpec, IvGenerator, Mode, SECTOR};
 pub(crate) use driver::ENTRY;
+pub(crate) use facts::facts;
 pub use header::{HEADER_BYTES, Header, Slot};
 pub use keys::Hash;
 pub use volume::{FormatOptions, Volume, format, open, read_header};

@@ -18,6 +18,7 @@ mod compress;
 pub(crate) mod create;
 mod entry;
 mod extension;
+mod facts;
 mod flush;
 pub(crate) mod header;
 pub mod inflate;
@@ -45,14 +46,14 @@ use crate::bitmap::Bitmaps;
 use crate::claims::Writes;
 use crate::coalesce::Coalesced;
 use crate::driver::{
-    Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OptionKind, OptionSpec, Prepared, Target, ZeroFlags,
+    Ask, ChildSpec, Driver, DriverEntry, Info, Mapping, OptionKind, OptionSpec, Prepared, Target, ZeroFlags,
 };
 use crate::encryption::Encryption;
 use crate::gate::{Gate, Hold};
 use crate::snapshot::Snapshots;
-use crate::{BlockNode, Preallocation, Result, Wait};
+use crate::{BlockNode, Preallocation, Result, Wait, luks};
 use entry::{Kind, L2Entry, Rules};
-use header::{Compression, Header};
+use header::Header;
 use inflate::Inflated;
 use l1::L1;
 use meta::Meta;
@@ -100,6 +101,9 @@ pub(crate) struct Qcow2 {
     data: Arc<BlockNode>,
     backing: Option<Arc<BlockNode>>,
     /// Of what stands in plain clusters. The place in the file makes the sector's number.
+    /// What the LUKS header of an encrypted image says.
+    luks: Option<luks::Header>,
+    /// `None` also for an encrypted image of which only facts are asked.
     encryption: Option<Encryption>,
     discard_no_unref: bool,
     alarm: Alarm,
@@ -309,34 +313,15 @@ impl Driver for Qcow2 {
 
     fn info(&self) -> Info {
         let header = &self.header;
-        let compression = match header.compression {
-            Compression::Zlib => "zlib",
-            Compression::Zstd => "zstd",
-        };
-        let text = |text: &str| InfoValue::Str(text.to_owned());
-        let mut specifics = vec![("compat", text(if header.version == 2 { "0.10" } else { "1.1" }))];
-        specifics.push(("compression-type", text(compression)));
-        if header.version == 3 {
-            specifics.push(("lazy-refcounts", InfoValue::Bool(header.lazy_refcounts)));
-        }
-        specifics.push(("refcount-bits", InfoValue::Int(header.refcount_bits().into())));
-        if let Some(name) = &header.data_file_name {
-            specifics.push(("data-file", text(name)));
-            specifics.push(("data-file-raw", InfoValue::Bool(header.data_file_raw)));
-        }
-        if header.version == 3 {
-            specifics.push(("corrupt", InfoValue::Bool(header.corrupt || self.meta().corrupt)));
-            specifics.push(("extended-l2", InfoValue::Bool(header.extended_l2)));
-        }
         Info {
             dirty: header.dirty,
-            encrypted: self.encryption.is_some(),
+            encrypted: self.luks.is_some(),
             allocated_size: self.file.info().allocated_size,
             cluster_size: Some(header.cluster_size()),
             backing_name: header.backing_name.clone(),
             backing_format: header.backing_format.clone(),
             data_file_name: header.data_file_name.clone(),
-            specifics,
+            specifics: self.specifics(),
         }
     }
 }

@@ -52,14 +52,20 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
             return Err(Error::invalid("'data-file' can only be set for images with an external data file"));
         }
     };
-    let encryption = match (&header.luks, request.secret("encrypt")) {
-        (None, None) => None,
-        (Some(place), Some(secret)) => {
+    let (luks, encryption) = match (&header.luks, request.secret("encrypt")) {
+        (None, None) => (None, None),
+        (Some(place), secret) => {
             let read_at = |offset: u64, buf: &mut [u8]| file.read_or_zero(buf, place.start + offset, Wait::Allowed);
-            let volume = luks::open(&read_at, place.end - place.start, secret.bytes())?;
-            Some(Encryption::new(volume.cipher, 0))
+            let room = place.end - place.start;
+            match secret {
+                Some(secret) => {
+                    let volume = luks::open(&read_at, room, secret.bytes())?;
+                    (Some(volume.header), Some(Encryption::new(volume.cipher, 0)))
+                }
+                None if request.facts_only => (Some(luks::read_header(&read_at, room)?), None),
+                None => return Err(Error::invalid("Parameter 'encrypt.key-secret' is required for cipher")),
+            }
         }
-        (Some(_), None) => return Err(Error::invalid("Parameter 'encrypt.key-secret' is required for cipher")),
         (None, Some(_)) => {
             return Err(Error::invalid("No encryption in image header, but options specified format 'luks'"));
         }
@@ -87,6 +93,7 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         file,
         data,
         backing,
+        luks,
         encryption,
         discard_no_unref: request.options.get("discard-no-unref") == Some(&OptionValue::Bool(true)),
         alarm: request.alarm,

@@ -220,6 +220,7 @@ impl Made {
             detached: BTreeSet::new(),
             options,
             writable: true,
+            facts_only: false,
             node_name: "image".into(),
             alarm: Alarm::default(),
         })?;

@@ -66,6 +66,7 @@ pub fn with_a_full_disk(format: &str, kind: &str, image: &File, refused: u64) ->
         detached: [].into(),
         options: [].into(),
         writable: true,
+        facts_only: false,
         node_name: "image".into(),
         alarm: Alarm::default(),
     });

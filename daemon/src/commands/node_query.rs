@@ -153,5 +153,9 @@ fn specific(value: InfoValue) -> Value {
         InfoValue::Bool(value) => value.into(),
         InfoValue::Int(value) => value.into(),
         InfoValue::Str(value) => value.into(),
+        InfoValue::List(values) => values.into_iter().map(specific).collect(),
+        InfoValue::Map(members) => {
+            members.into_iter().map(|(name, value)| (name.to_owned(), specific(value))).collect::<Map<_, _>>().into()
+        }
     }
 }
