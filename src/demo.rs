@@ -2,7 +2,6 @@
 //! `doorless demo`: the whole way of a disk, step by step, on a small image that this program carries.
 
 use std::fs;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
@@ -10,8 +9,10 @@ use std::process::ExitCode;
 use anyhow::{Context, ensure};
 use clap::Args;
 use manager::chain::{self, Policy};
-use manager::daemon::Daemon;
+use manager::daemon::Launch;
 use manager::disk;
+use manager::journal::Carried;
+use manager::kept::{Kept, Restarts};
 use manager::serve::uri;
 use serde_json::{Value, json};
 
@@ -54,13 +55,19 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
         ),
     );
 
-    let mut daemon = Daemon::start(&program)?;
-    say(3, &format!("The daemon runs as process {}. Before it read a byte from anyone it gave up:", daemon.pid()));
-    let confinement = daemon.execute("query-confinement", json!({}), &[])?;
+    let mut daemon = Kept::start(&program, Launch::default(), Restarts { per_minute: 0 })?;
+    say(
+        3,
+        &format!(
+            "The daemon runs as process {}. Before it read a byte from anyone it gave up:",
+            daemon.pid().unwrap_or_default()
+        ),
+    );
+    let confinement = daemon.ask("query-confinement", json!({}))?;
     show(&layers(&confinement));
 
     let node = disk::attach(&mut daemon, &chain, "disk", true)?;
-    let sets = daemon.execute("query-fdsets", json!({}), &[])?;
+    let sets = daemon.ask("query-fdsets", json!({}))?;
     say(
         4,
         &format!(
@@ -72,7 +79,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
 
     let socket = private.path();
     let listener = UnixListener::bind(&socket)?;
-    daemon.execute("getfd", json!({ "fdname": "nbd" }), &[listener.as_fd()])?;
+    daemon.execute("getfd", json!({ "fdname": "nbd" }), &[Carried::other(listener.into())])?;
     daemon.execute("nbd-server-start", json!({ "addr": { "type": "fd", "data": { "str": "nbd" } } }), &[])?;
     daemon.execute("block-export-add", json!({ "type": "nbd", "id": "disk", "node-name": node, "name": "" }), &[])?;
     say(5, &format!("A listening socket was passed the same way, and the disk is served:\n{}", uri(&socket, "")));
@@ -91,7 +98,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     );
 
     say(7, "Now the daemon is asked to get out, by every way it knows:");
-    let tried = daemon.execute("query-confinement", json!({ "try": true, "paths": ["/etc/passwd", image] }), &[])?;
+    let tried = daemon.ask("query-confinement", json!({ "try": true, "paths": ["/etc/passwd", image] }))?;
     let (rows, escaped) = attempts(&tried);
     show(&rows);
     daemon.stop()?;

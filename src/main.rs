@@ -7,8 +7,10 @@ mod fdsets;
 mod img;
 mod nbd;
 mod nbd_client;
+mod policy;
 mod publish;
 mod serve;
+mod service;
 mod table;
 mod top;
 
@@ -38,6 +40,24 @@ enum Verb {
     Fdsets(fdsets::Options),
     /// Watch what running daemons are asked: exports, clients, nodes, fd sets.
     Top(top::Options),
+    /// A service that opens images by policy for many users, each with daemons and sockets of their own.
+    Manager(service::Options),
+    /// Have the service start a confined daemon, without a disk.
+    Start(service::OfDaemon),
+    /// Have the service end a daemon and all that it serves.
+    Stop(service::OfDaemon),
+    /// List the service's daemons and their disks.
+    Ps(service::List),
+    /// Have the service give a daemon a disk; prints where NBD clients find it.
+    Attach(service::Attach),
+    /// Have the service take a disk from a daemon.
+    Detach(service::Detach),
+    /// Have the service change a disk's size.
+    Resize(service::Resize),
+    /// Have the service read its policy once more.
+    Reload(service::Reload),
+    /// Say what a manager's policy would allow.
+    Policy(policy::Options),
     /// Show on a small disk how it works, and that the daemon cannot get out.
     Demo(demo::Options),
     /// The confined daemon alone, driven over QMP (see `doorless daemon --help`).
@@ -137,6 +157,15 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Serve(options) => serve::run(&options)?,
         Verb::Fdsets(options) => return fdsets::run(&options),
         Verb::Top(options) => top::run(&options)?,
+        Verb::Manager(options) => service::run(&options)?,
+        Verb::Start(options) => service::start(&options)?,
+        Verb::Stop(options) => service::stop(&options)?,
+        Verb::Ps(options) => service::list(&options)?,
+        Verb::Attach(options) => service::attach(&options)?,
+        Verb::Detach(options) => service::detach(&options)?,
+        Verb::Resize(options) => service::resize(&options)?,
+        Verb::Reload(options) => service::reload(&options)?,
+        Verb::Policy(options) => return policy::run(&options),
         Verb::Demo(options) => return demo::run(&options),
         Verb::Daemon(Rest { arguments }) => daemon::run(DAEMON, arguments)?,
         Verb::Img(Rest { arguments }) => return img::run("doorless img", arguments),

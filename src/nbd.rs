@@ -11,6 +11,7 @@ use anyhow::{Context, bail, ensure};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use manager::chain::Policy;
 use manager::inspector::Program;
+use manager::kept::Restarts;
 use manager::serve::{End, ExportOptions, Listen, Request, serve};
 use manager::tls::Tls;
 use sys::background::Ready;
@@ -182,22 +183,23 @@ impl Options {
         };
         let program = Program { executable: Program::THIS.into(), confinement: vec!["--confine=require".into()] };
         let listen = Some(listen);
-        let request = Request { image, policy, listen, file: None, device: None, metrics: None, monitor: None, export };
+        let restarts = Restarts::default();
+        let request =
+            Request { image, policy, listen, file: None, device: None, metrics: None, monitor: None, export, restarts };
         // Who can connect can read the PID file, too.
         let pid_file = self.pid_file.map(PidFile::write).transpose()?;
-        let served = serve(&program, request)?;
+        let mut served = serve(&program, request)?;
         if let Some(notice) = &served.chain.notice {
             eprintln!("note: {notice}");
         }
         if let Some(ready) = ready {
             ready.tell().context("could not go into the background")?;
         }
-        let well = match waiting.until_signal_or_end(&served.daemon)? {
-            End::Signal => served.stop().map(|()| true),
-            End::Daemon => served.wait(),
-        };
+        let end = served.keep(&waiting, crate::serve::tell)?;
+        let stopped = served.stop();
         drop(pid_file);
-        ensure!(well?, "the confined daemon failed; its own message says why");
+        stopped?;
+        ensure!(end != End::GivenUp, "the confined daemon has died too often; its own message says why");
         Ok(())
     }
 

@@ -8,7 +8,8 @@ use anyhow::{Context, bail};
 use clap::Args;
 use manager::chain::Policy;
 use manager::fuse::AllowOther;
-use manager::serve::{DeviceOptions, End, ExportOptions, FileOptions, Listen, Request, Served, serve, uri};
+use manager::kept::Restarts;
+use manager::serve::{DeviceOptions, End, ExportOptions, FileOptions, Happening, Listen, Request, Served, serve, uri};
 use manager::tls::Tls;
 
 use crate::{Confinement, PrivateSocket};
@@ -74,11 +75,15 @@ pub struct Options {
     /// A further directory beneath which files named by the image (backing, data file) may be opened. May be repeated.
     #[arg(long, value_name = "DIR")]
     allow: Vec<PathBuf>,
+    /// Deaths of the daemon within a minute after which another is started, with all that the dead one was passed; 0 to end with
+    /// it. Half of them are answered at once, the others after pauses.
+    #[arg(long, value_name = "N", default_value_t = Restarts::default().per_minute)]
+    restarts: u32,
     #[command(flatten)]
     confinement: Confinement,
 }
 
-/// Serves until a signal or the daemon's end.
+/// Serves until a signal, the daemon's own end, or one death too many.
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let waiting = manager::serve::Waiting::new().context("could not prepare for signals")?;
     let private = match (&options.socket, &options.fuse, &options.vhost_user) {
@@ -116,19 +121,29 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         device,
         monitor: options.monitor.as_deref().map(std::path::absolute).transpose()?,
         export: ExportOptions { name: options.name.clone(), tls, discard: true, ..ExportOptions::default() },
+        restarts: Restarts { per_minute: options.restarts },
     };
-    let served = serve(&options.confinement.program(), request)?;
+    let mut served = serve(&options.confinement.program(), request)?;
     // Whoever started this may have closed the pipe already; the disk is served all the same.
     let uri = socket.map(|socket| uri(&socket, &options.name).replacen("nbd", scheme, 1));
     let _ = announce(&served, uri.as_deref(), vhost_user.as_deref());
-    match waiting.until_signal_or_end(&served.daemon)? {
+    match served.keep(&waiting, tell)? {
         End::Signal => served.stop()?,
-        End::Daemon => {
-            served.wait()?;
-            bail!("the daemon has ended; its own message says why");
-        }
+        End::Daemon => bail!("the daemon has ended; its own message says why"),
+        End::GivenUp => bail!("the daemon has died too often (--restarts {})", options.restarts),
     }
     Ok(())
+}
+
+/// Says on standard error what happened to the daemon.
+pub fn tell(happening: Happening<'_>) {
+    match happening {
+        Happening::Died(death) => eprintln!("doorless: {death}"),
+        Happening::Revived { pid, after } => {
+            eprintln!("doorless: process {pid} serves in its place, after {:.1} ms", after.as_secs_f64() * 1000.0);
+        }
+        Happening::Failed(error) => eprintln!("doorless: no daemon could take its place: {}", error.chain()),
+    }
 }
 
 /// A path if it has a slash, else a host and a port.
@@ -168,7 +183,7 @@ fn announce(served: &Served, uri: Option<&str>, device: Option<&Path>) -> std::i
     }
     let read_only = chain.layers[0].image.rights == manager::opening::Rights::ReadOnly;
     let snapshot = if read_only { ",snapshot=on" } else { "" };
-    writeln!(out, "daemon: process {}, confined: it can open nothing any more", served.daemon.pid())?;
+    writeln!(out, "daemon: process {}, confined: it can open nothing any more", served.pid().unwrap_or_default())?;
     let file = served.file.as_ref().map(|file| file.mountpoint().display());
     if let (Some(file), Some(_)) = (&file, uri) {
         writeln!(out, "file: {file}")?;

@@ -214,7 +214,7 @@ fn a_write_with_fua_is_there_after_the_daemon_is_killed() {
     run("qemu-io", &["-f", "raw", "-c", "write -P 0xa5 -f 64k 64k", &daemon.uri("disk")]);
     let pid = rustix::process::Pid::from_raw(daemon.pid().cast_signed()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-    assert!(!daemon.daemon.wait().unwrap().success());
+    assert!(!daemon.daemon.wait().unwrap().unwrap().success());
     let content = std::fs::read(&path).unwrap();
     assert!(content[64 << 10..128 << 10].iter().all(|&byte| byte == 0xa5));
     assert!(content[..64 << 10].iter().all(|&byte| byte == 0));

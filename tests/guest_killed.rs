@@ -107,7 +107,7 @@ fn ext4_image(scratch: &Scratch) -> String {
 /// Serves the image to a guest and kills daemon, manager and guest at a moment that the round chooses: the last batch that the
 /// guest had called synced, and the lines that it had printed since the first.
 fn work_until_killed(kernel: &Kernel, scratch: &Scratch, image: &str, round: u64) -> (u64, u64) {
-    let mut serve = Serve::start(&["--socket", &scratch.name(&format!("s{round}")), image]);
+    let mut serve = Serve::start(&["--restarts", "0", "--socket", &scratch.name(&format!("s{round}")), image]);
     let drive = format!("format=raw,discard=unmap,file={}", serve.uri);
     let mut guest = Running::start(kernel, scratch, &drive, &format!("ROUND={round}\n{WORK}"));
     let lines = (round.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) % LINES_BEFORE_KILL;

@@ -2,7 +2,7 @@
 //! What an image is built from: the chain of backing files, and the external data file or the extents of each layer.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::inspector::{Inspection, Program};
 use crate::opening::{Opened, Rights, open_beneath, open_named};
@@ -50,20 +50,55 @@ pub struct Chain {
     pub notice: Option<String>,
 }
 
-/// Opens `path` and everything it is built from.
+/// Who opens the files of a chain.
+pub trait Opener {
+    /// The image that was asked for.
+    ///
+    /// # Errors
+    /// It may not be opened, or cannot be.
+    fn top(&mut self, path: &Path, rights: Rights) -> Result<Opened>;
+
+    /// What an image names. `base` is the directory of that image, for a relative name, which is untrusted text.
+    ///
+    /// # Errors
+    /// It may not be opened, or cannot be.
+    fn named(&mut self, base: &Path, name: &str, rights: Rights) -> Result<Opened>;
+
+    /// Hears what the image opened last turned out to be; `layers` are above it.
+    ///
+    /// # Errors
+    /// Such an image may not be part of a chain there.
+    fn accept(&mut self, image: &Opened, inspection: &Inspection, layers: usize) -> Result<()>;
+}
+
+/// By the user's own word: what he named, and beneath directories that he allowed, what images name.
+struct ByWord {
+    roots: Vec<PathBuf>,
+}
+
+impl Opener for ByWord {
+    fn top(&mut self, path: &Path, rights: Rights) -> Result<Opened> {
+        open_named(path, rights)
+    }
+
+    fn named(&mut self, base: &Path, name: &str, rights: Rights) -> Result<Opened> {
+        open_beneath(&self.roots, base, name, rights)
+    }
+
+    fn accept(&mut self, _: &Opened, _: &Inspection, _: usize) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Opens `path` and everything it is built from, by the user's own word.
 ///
 /// # Errors
 /// A file cannot be opened or may not be, an image is broken, the chain is too long or bites its tail.
-pub fn open(program: &Program, path: &std::path::Path, policy: &Policy) -> Result<Chain> {
-    let mut seen = BTreeSet::new();
-    let mut notice = None;
-    let mut image = open_named(path, Rights::ReadOnly)?;
-    let mut format = policy.format.clone();
-    let mut layers: Vec<Layer> = Vec::new();
+pub fn open(program: &Program, path: &Path, policy: &Policy) -> Result<Chain> {
+    // What it is comes before where its neighbours may be.
+    open_named(path, Rights::ReadOnly)?;
     let path = path.canonicalize().map_err(|source| Error::Open { path: path.to_owned(), purpose: "", source })?;
-    let mut base = path.parent().map(PathBuf::from).unwrap_or_default();
-    let mut roots = vec![base.clone()];
-    let overlaid = policy.snapshot && !policy.read_only;
+    let mut roots = vec![path.parent().map(PathBuf::from).unwrap_or_default()];
     for root in &policy.allowed {
         let canonical = root.canonicalize().map_err(|source| Error::Open {
             path: root.clone(),
@@ -72,6 +107,21 @@ pub fn open(program: &Program, path: &std::path::Path, policy: &Policy) -> Resul
         })?;
         roots.push(canonical);
     }
+    open_with(program, &path, policy, &mut ByWord { roots })
+}
+
+/// Opens `path`, which is absolute, and everything it is built from, by `opener`'s leave.
+///
+/// # Errors
+/// A file cannot be opened or may not be, an image is broken, the chain is too long or bites its tail.
+pub fn open_with(program: &Program, path: &Path, policy: &Policy, opener: &mut dyn Opener) -> Result<Chain> {
+    let mut seen = BTreeSet::new();
+    let mut notice = None;
+    let mut image = opener.top(path, Rights::ReadOnly)?;
+    let mut format = policy.format.clone();
+    let mut layers: Vec<Layer> = Vec::new();
+    let mut base = path.parent().map(PathBuf::from).unwrap_or_default();
+    let overlaid = policy.snapshot && !policy.read_only;
     loop {
         if layers.len() == MAX_LAYERS {
             return Err(Error::Refused(format!("the chain has more than {MAX_LAYERS} layers")));
@@ -81,10 +131,11 @@ pub fn open(program: &Program, path: &std::path::Path, policy: &Policy) -> Resul
             return Err(Error::Image { path: image.path, text });
         }
         let inspection = program.inspect(&image.file, &image.path, format.as_deref())?;
+        opener.accept(&image, &inspection, layers.len())?;
         let mut rights = Rights::ReadOnly;
         if layers.is_empty() && !policy.read_only && !overlaid {
             if inspection.writable {
-                let writable = open_named(&path, Rights::ReadWrite)?;
+                let writable = opener.top(path, Rights::ReadWrite)?;
                 if writable.identity != image.identity {
                     return Err(Error::Refused(format!("'{}' was replaced while it was opened", path.display())));
                 }
@@ -95,15 +146,15 @@ pub fn open(program: &Program, path: &std::path::Path, policy: &Policy) -> Resul
             }
         }
         let data_file = match &inspection.data_file {
-            Some(name) => Some(open_beneath(&roots, &base, name, rights)?),
+            Some(name) => Some(opener.named(&base, name, rights)?),
             None => None,
         };
-        let extents = inspection.extents.iter().map(|name| open_beneath(&roots, &base, name, rights));
+        let extents = inspection.extents.iter().map(|name| opener.named(&base, name, rights));
         let extents = extents.collect::<Result<Vec<Opened>>>()?;
         let next = match &inspection.backing {
             None => None,
             Some(name) => {
-                let next = open_beneath(&roots, &base, name, Rights::ReadOnly)?;
+                let next = opener.named(&base, name, Rights::ReadOnly)?;
                 format = inspection.backing_format.clone().or_else(|| policy.backing_format.clone());
                 if format.is_none() {
                     return Err(Error::Refused(format!(

@@ -3,11 +3,15 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
+use std::time::Duration;
 
-use qmp::Client;
-use rustix::io::{FdFlags, fcntl_setfd};
+use qmp::{Client, ClientError};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde_json::{Map, Value};
 
@@ -25,13 +29,27 @@ pub struct Launch {
     pub background: bool,
     /// Whether a Ctrl-C is for its manager alone, which has something to do before the daemon ends.
     pub deaf_to_terminal: bool,
+    /// Whether it goes on when its manager has gone.
+    pub survives: bool,
+    /// How long it may take to answer.
+    pub patience: Option<Duration>,
 }
 
-/// A running daemon. Dropping it closes the socket, and then the daemon ends by itself.
+/// A running daemon. Dropping it closes the socket, and then the daemon ends by itself, unless it was started to survive.
 #[derive(Debug)]
 pub struct Daemon {
-    child: Child,
+    process: Process,
     client: Client,
+}
+
+#[derive(Debug)]
+enum Process {
+    Child(Child),
+    /// Another manager's child; that manager has gone.
+    Adopted {
+        pid: u32,
+        pidfd: OwnedFd,
+    },
 }
 
 impl Daemon {
@@ -53,7 +71,10 @@ impl Daemon {
             .map_err(io::Error::from)
             .map_err(Error::process(doing))?;
         let mut command = program.verb("daemon");
-        command.args(["--chardev", "socket,id=manager,fd=0", "--monitor", "manager", "--ends-with-monitors"]);
+        command.args(["--chardev", "socket,id=manager,fd=0", "--monitor", "manager"]);
+        if !launch.survives {
+            command.arg("--ends-with-monitors");
+        }
         let pipe = if launch.background { Some(sys::background::pipe().map_err(Error::process(doing))?) } else { None };
         if let Some((_, theirs)) = &pipe {
             command.arg(format!("--ready-fd={}", theirs.as_raw_fd()));
@@ -71,17 +92,59 @@ impl Daemon {
         if launch.deaf_to_terminal {
             command.process_group(0);
         }
-        let child = command.spawn().map_err(Error::process(doing))?;
+        let spawned = command.spawn();
+        if let Some(listener) = &launch.monitor {
+            // It stays here for the next daemon, and is none of other children's business.
+            fcntl_setfd(listener, FdFlags::CLOEXEC).map_err(io::Error::from).map_err(Error::process(doing))?;
+        }
+        let child = spawned.map_err(Error::process(doing))?;
         // The pipe's other end stays open until the daemon has greeted, and so has written to it.
         // Our copy of the daemon's end goes with the command: if the daemon dies, the socket says so.
         drop(command);
-        let client = Client::new(ours).map_err(|source| Error::Daemon { command: "the connection".into(), source })?;
-        Ok(Daemon { child, client })
+        match Client::with_timeout(ours, launch.patience) {
+            Ok(client) => Ok(Daemon { process: Process::Child(child), client }),
+            Err(source) => {
+                // It has ended, or is of no use: reaped, because nobody else waits for it.
+                let mut child = child;
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(Error::Daemon { command: "the connection".into(), source })
+            }
+        }
+    }
+
+    /// Takes over a daemon whose manager has gone: the process `pid` that began at `began` (see [`began`](Daemon::began)), by
+    /// another of its monitors.
+    ///
+    /// # Errors
+    /// That process is no more, or its monitor does not answer within `patience`.
+    pub fn adopt(pid: u32, began: u64, monitor: &Path, patience: Duration) -> Result<Daemon> {
+        let doing = "could not adopt a daemon";
+        let gone = || Error::process(doing)(io::Error::from(io::ErrorKind::NotFound));
+        let number = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).ok_or_else(gone)?;
+        let pidfd = rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty()).map_err(|_| gone())?;
+        // Looked at once the process cannot be mistaken for another any more.
+        if started(pid) != Some(began) {
+            return Err(gone());
+        }
+        let socket = UnixStream::connect(monitor).map_err(Error::process(doing))?;
+        let client = Client::with_timeout(socket, Some(patience));
+        let client = client.map_err(|source| Error::Daemon { command: "the connection".into(), source })?;
+        Ok(Daemon { process: Process::Adopted { pid, pidfd }, client })
     }
 
     /// The daemon's process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        match &self.process {
+            Process::Child(child) => child.id(),
+            Process::Adopted { pid, .. } => *pid,
+        }
+    }
+
+    /// When its process began, in clock ticks since the machine started: with its number, what it is known by. `None` if it
+    /// has gone.
+    pub fn began(&self) -> Option<u64> {
+        started(self.pid())
     }
 
     /// Runs a command and passes `fds` with it.
@@ -96,6 +159,11 @@ impl Daemon {
         self.client
             .execute(command, arguments, fds)
             .map_err(|source| Error::Daemon { command: command.to_owned(), source })
+    }
+
+    /// Forgets the events that came and were not waited for.
+    pub fn forget_events(&mut self) {
+        drop(self.client.take_events());
     }
 
     /// Waits for the next event: its name and what it tells.
@@ -113,25 +181,62 @@ impl Daemon {
     /// # Errors
     /// `ESRCH` if it is gone already.
     pub fn pidfd(&self) -> io::Result<OwnedFd> {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
+        match &self.process {
+            Process::Child(child) => {
+                let pid = rustix::process::Pid::from_child(child);
+                Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
+            }
+            Process::Adopted { pidfd, .. } => pidfd.try_clone(),
+        }
     }
 
     /// Asks the daemon to end, and waits for it.
     ///
     /// # Errors
     /// Waiting failed.
-    pub fn stop(mut self) -> io::Result<ExitStatus> {
+    pub fn stop(mut self) -> io::Result<Option<ExitStatus>> {
         // A daemon that got the same Ctrl-C has gone already.
-        let _ = self.client.execute("quit", Map::new(), &[]);
-        self.child.wait()
+        let asked = self.client.execute("quit", Map::new(), &[]);
+        match asked {
+            Err(ClientError::Io(e)) if e.kind() == io::ErrorKind::TimedOut => self.kill(),
+            _ => self.wait(),
+        }
     }
 
-    /// Waits until the daemon has ended.
+    /// Ends a daemon that may not be able to listen any more, and waits for it.
     ///
     /// # Errors
     /// Waiting failed.
-    pub fn wait(mut self) -> io::Result<ExitStatus> {
-        self.child.wait()
+    pub fn kill(mut self) -> io::Result<Option<ExitStatus>> {
+        match &mut self.process {
+            Process::Child(child) => child.kill()?,
+            // It may have ended just now.
+            Process::Adopted { pidfd, .. } => drop(sys::signal::send(pidfd, sys::signal::KILL)),
+        }
+        self.wait()
     }
+
+    /// Waits until the daemon has ended; with what, if it is this process's own child.
+    ///
+    /// # Errors
+    /// Waiting failed.
+    pub fn wait(mut self) -> io::Result<Option<ExitStatus>> {
+        match &mut self.process {
+            Process::Child(child) => child.wait().map(Some),
+            Process::Adopted { pidfd, .. } => {
+                while poll(&mut [PollFd::new(pidfd, PollFlags::IN)], None) == Err(Errno::INTR) {}
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// When a process that lives began (proc_pid_stat(5), field 22).
+fn started(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name before may have blanks and brackets in it.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    // One that nobody has waited for yet is no more, all the same.
+    let living = fields.next().is_some_and(|state| !matches!(state, "Z" | "X"));
+    fields.nth(18).filter(|_| living)?.parse().ok()
 }

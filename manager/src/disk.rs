@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Passing a chain to the daemon: every file into an fd set, every layer a node over it.
 
-use std::os::fd::AsFd;
-
 use serde_json::{Map, Value, json};
 
 use crate::Result;
 use crate::chain::Chain;
-use crate::daemon::Daemon;
+use crate::journal::Carried;
+use crate::kept::Kept;
 use crate::opening::{Opened, Rights};
 
 /// Passes the files of `chain` and builds its nodes, the lowest first; `discard` passes discards on. Returns the name of the top node.
 ///
 /// # Errors
 /// The daemon refuses one.
-pub fn attach(daemon: &mut Daemon, chain: &Chain, name: &str, discard: bool) -> Result<String> {
+pub fn attach(daemon: &mut Kept, chain: &Chain, name: &str, discard: bool) -> Result<String> {
     let mut below: Option<String> = None;
     for (index, layer) in chain.layers.iter().enumerate().rev() {
         let node = if index == 0 { name.to_owned() } else { format!("{name}-layer{index}") };
@@ -42,13 +41,14 @@ pub fn attach(daemon: &mut Daemon, chain: &Chain, name: &str, discard: bool) -> 
 }
 
 /// A new fd set with one descriptor, and the node options that open it.
-fn file(daemon: &mut Daemon, opened: &Opened) -> Result<Value> {
+fn file(daemon: &mut Kept, opened: &Opened) -> Result<Value> {
     let (device, inode) = opened.identity;
     let opaque = format!("doorless:{device}:{inode}:{}", opened.path.display());
-    let added = daemon.execute("add-fd", json!({ "opaque": opaque }), &[opened.file.as_fd()])?;
+    let set = daemon.next_set();
+    daemon.execute("add-fd", json!({ "fdset-id": set, "opaque": opaque }), &[Carried::image(opened)?])?;
     Ok(json!({
         "driver": if opened.device { "host_device" } else { "file" },
-        "filename": format!("/dev/fdset/{}", added["fdset-id"]),
+        "filename": format!("/dev/fdset/{set}"),
         "read-only": opened.rights == Rights::ReadOnly,
         "discard": "unmap",
         "cache": { "direct": opened.bypasses_cache() },

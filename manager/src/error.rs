@@ -59,6 +59,12 @@ pub enum Error {
 }
 
 impl Error {
+    /// It and what lies behind it, in one line.
+    pub fn chain(&self) -> String {
+        let causes = std::iter::successors(Some(self as &dyn std::error::Error), |error| error.source());
+        causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    }
+
     /// For `map_err` on the result of starting or talking to a process.
     pub(crate) fn process(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
         move |source| Error::Process { doing, source }

@@ -121,7 +121,7 @@ impl Mount {
         self.shared
     }
 
-    /// Makes it visible; what is passed to nobody is closed, so that the device goes with the daemon.
+    /// Makes it visible. The mount is alive for as long as somebody has the device.
     ///
     /// # Errors
     /// Those of move_mount(2).

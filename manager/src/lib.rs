@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The manager: it opens and never parses.
 //!
-//! [`opening`] opens images by policy. [`chain`] learns what an image is built from: it asks the confined [`inspector`], a
+//! [`opening`] opens images by the user's word, [`policy`] by an administrator's. [`chain`] learns what an image is built from: it asks the confined [`inspector`], a
 //! process that gets one descriptor and answers in JSON, and resolves the names it hears about by policy. [`daemon`] starts
-//! the confined daemon and talks QMP to it; [`disk`] passes it the descriptors of a chain and says what to build of them.
-//! [`fuse`] mounts what the daemon serves as a file. [`overlay`] keeps an image as it is. [`serve`] puts these together.
+//! the confined daemon and talks QMP to it, and [`kept`] starts another when it dies, by the [`journal`] of what it was passed
+//! and told; [`disk`] passes it the descriptors of a chain and says what to build of them. [`fuse`] mounts what the daemon
+//! serves as a file. [`overlay`] keeps an image as it is. [`serve`] puts these together for one
+//! disk, [`service`] for many users.
 
 pub mod chain;
 pub mod daemon;
@@ -12,11 +14,15 @@ pub mod disk;
 mod error;
 pub mod fuse;
 pub mod inspector;
+pub mod journal;
+pub mod kept;
 mod listening;
 pub mod monitor;
 pub mod opening;
 pub mod overlay;
+pub mod policy;
 pub mod serve;
+pub mod service;
 pub mod tls;
 
 pub use error::{Error, Result};

@@ -61,6 +61,13 @@ impl Listening {
     }
 }
 
+impl SocketFile {
+    /// Leaves the file where it is.
+    pub fn keep(mut self) -> PathBuf {
+        std::mem::take(&mut self.0)
+    }
+}
+
 impl AsFd for Listening {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.listener.as_fd()
@@ -69,7 +76,9 @@ impl AsFd for Listening {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        if !self.0.as_os_str().is_empty() {
+            let _ = std::fs::remove_file(&self.0);
+        }
     }
 }
 

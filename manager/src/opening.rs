@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
@@ -102,15 +102,27 @@ fn flags(rights: Rights) -> OFlags {
     access | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK
 }
 
+/// Device and inode of an open image; of a block device, which device it is.
+///
+/// # Errors
+/// The errno of fstat(2).
+pub fn identity(image: impl AsFd) -> io::Result<(u64, u64)> {
+    let stat = rustix::fs::fstat(image)?;
+    let device = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+    // The device, not the name it has: two names are one disk.
+    Ok(if device { (0, stat.st_rdev) } else { (stat.st_dev, stat.st_ino) })
+}
+
 fn checked(fd: OwnedFd, path: PathBuf, rights: Rights, devices: bool) -> Result<Opened> {
     let stat = rustix::fs::fstat(&fd).map_err(|e| failed(&path, e))?;
+    let who = identity(&fd);
+    let identity = who.map_err(|source| Error::Open { path: path.clone(), purpose: "", source })?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => {
-            return Ok(Opened { file: fd.into(), path, identity: (stat.st_dev, stat.st_ino), rights, device: false });
+            return Ok(Opened { file: fd.into(), path, identity, rights, device: false });
         }
-        // The device, not the name it has: two names are one disk.
         FileType::BlockDevice if devices => {
-            return Ok(Opened { file: fd.into(), path, identity: (0, stat.st_rdev), rights, device: true });
+            return Ok(Opened { file: fd.into(), path, identity, rights, device: true });
         }
         FileType::BlockDevice => "block device, which an image may not name",
         FileType::Directory => "directory",
@@ -124,7 +136,7 @@ fn checked(fd: OwnedFd, path: PathBuf, rights: Rights, devices: bool) -> Result<
 }
 
 /// Takes `.` and `..` out without asking the file system: no link is followed anyway when the result is opened.
-fn lexically_normal(path: &Path) -> PathBuf {
+pub(crate) fn lexically_normal(path: &Path) -> PathBuf {
     let mut normal = PathBuf::new();
     for component in path.components() {
         match component {

@@ -4,16 +4,19 @@
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 use sys::signal::{self, Signals};
 
 use crate::chain::{self, Chain, Policy};
-use crate::daemon::{Daemon, Launch};
+use crate::daemon::Launch;
 use crate::disk;
 use crate::fuse::{AllowOther, Attached, Mount};
 use crate::inspector::Program;
+use crate::journal::Carried;
+use crate::kept::{Death, Kept, Restarts, Verdict};
 use crate::listening::{Listening, SocketFile};
 use crate::opening::Rights;
 use crate::tls::Tls;
@@ -45,6 +48,8 @@ pub struct Request {
     pub monitor: Option<PathBuf>,
     /// How it is offered.
     pub export: ExportOptions,
+    /// How often its daemon may die.
+    pub restarts: Restarts,
 }
 
 /// Where clients come from.
@@ -106,8 +111,8 @@ pub struct DeviceOptions {
 /// A disk that is being served.
 #[derive(Debug)]
 pub struct Served {
-    /// The daemon.
-    pub daemon: Daemon,
+    /// The daemon, and what it takes to have another.
+    kept: Kept,
     /// What it serves.
     pub chain: Chain,
     /// The file as which it appears, unless it does not.
@@ -121,7 +126,7 @@ pub struct Served {
 /// # Errors
 /// Any step's; nothing is left behind.
 pub fn serve(program: &Program, request: Request) -> Result<Served> {
-    let Request { image, policy, listen, file, device, metrics, monitor, export } = request;
+    let Request { image, policy, listen, file, device, metrics, monitor, export, restarts } = request;
     let chain = chain::open(program, &image, &policy)?;
     let mut sockets = Sockets::default();
     let monitor = monitor.map(|path| sockets.listen(Listen::Unix(path))).transpose()?;
@@ -130,26 +135,28 @@ pub fn serve(program: &Program, request: Request) -> Result<Served> {
         ends_with_clients: export.until_unused,
         background: export.background,
         deaf_to_terminal: file.is_some(),
+        ..Launch::default()
     };
-    let mut daemon = Daemon::start_with(program, &launch)?;
-    let node = disk::attach(&mut daemon, &chain, DISK, export.discard)?;
-    let mut served = Served { daemon, chain, file: None, sockets: Vec::new() };
+    let mut kept = Kept::start(program, launch, restarts)?;
+    kept.begin(DISK);
+    let node = disk::attach(&mut kept, &chain, DISK, export.discard)?;
+    let mut served = Served { kept, chain, file: None, sockets: Vec::new() };
     let node = served.part(node, &export)?;
     if let Some(place) = listen {
-        served.export(&sockets.listen(place)?, &node, &export)?;
+        served.export(sockets.listen(place)?, &node, &export)?;
     }
     if let Some(place) = metrics {
-        let listener = sockets.listen(place)?;
-        served.daemon.execute("getfd", json!({ "fdname": "metrics" }), &[listener.as_fd()])?;
+        let listener = Carried::other(sockets.listen(place)?);
+        served.kept.execute("getfd", json!({ "fdname": "metrics" }), &[listener])?;
         let start = json!({ "addr": { "type": "fd", "data": { "str": "metrics" } } });
-        served.daemon.execute("metrics-server-start", start, &[])?;
+        served.kept.execute("metrics-server-start", start, &[])?;
     }
     if let Some(file) = file {
         served.mount(program, &node, &file)?;
     }
     if let Some(device) = device {
         let listener = sockets.listen(Listen::Unix(device.socket))?;
-        served.device(&listener, &node, device.queues)?;
+        served.device(listener, &node, device.queues)?;
     }
     served.sockets = sockets.publish()?;
     Ok(served)
@@ -197,12 +204,12 @@ impl Served {
             "driver": "raw", "node-name": "part", "file": node, "offset": options.offset,
             "read-only": !self.is_writable(), "discard": if options.discard { "unmap" } else { "ignore" },
         });
-        self.daemon.execute("blockdev-add", part, &[])?;
+        self.kept.execute("blockdev-add", part, &[])?;
         Ok("part".into())
     }
 
-    fn export(&mut self, listener: &OwnedFd, node: &str, options: &ExportOptions) -> Result<()> {
-        self.daemon.execute("getfd", json!({ "fdname": "nbd" }), &[listener.as_fd()])?;
+    fn export(&mut self, listener: OwnedFd, node: &str, options: &ExportOptions) -> Result<()> {
+        self.kept.execute("getfd", json!({ "fdname": "nbd" }), &[Carried::other(listener)])?;
         // A client of a passed socket or a port may be there already, and must not hear that there is no such export.
         let mut start = json!({ "addr": { "type": "fd", "data": { "str": "nbd" } }, "await-export": true });
         if let Some(most) = options.max_connections {
@@ -211,8 +218,8 @@ impl Served {
         if let Some(seconds) = options.handshake_seconds {
             start["handshake-max-seconds"] = json!(seconds);
         }
-        options.tls.pass(&mut self.daemon, &mut start)?;
-        self.daemon.execute("nbd-server-start", start, &[])?;
+        options.tls.pass(&mut self.kept, &mut start)?;
+        self.kept.execute("nbd-server-start", start, &[])?;
         let writable = self.is_writable();
         let mut export =
             json!({ "type": "nbd", "id": DISK, "node-name": node, "name": options.name, "writable": writable });
@@ -222,17 +229,17 @@ impl Served {
         if options.allocation_depth {
             export["allocation-depth"] = json!(true);
         }
-        self.daemon.execute("block-export-add", export, &[])?;
+        self.kept.execute("block-export-add", export, &[])?;
         Ok(())
     }
 
-    fn device(&mut self, listener: &OwnedFd, node: &str, queues: u16) -> Result<()> {
-        self.daemon.execute("getfd", json!({ "fdname": "vhost-user" }), &[listener.as_fd()])?;
+    fn device(&mut self, listener: OwnedFd, node: &str, queues: u16) -> Result<()> {
+        self.kept.execute("getfd", json!({ "fdname": "vhost-user" }), &[Carried::other(listener)])?;
         let export = json!({
             "type": "vhost-user-blk", "id": DEVICE, "node-name": node, "writable": self.is_writable(),
             "addr": { "type": "fd", "str": "vhost-user" }, "num-queues": queues,
         });
-        self.daemon.execute("block-export-add", export, &[])?;
+        self.kept.execute("block-export-add", export, &[])?;
         Ok(())
     }
 
@@ -240,19 +247,63 @@ impl Served {
         let FileOptions { mountpoint, growable, allow_other } = options;
         let writable = self.is_writable();
         let mount = Mount::make(program, mountpoint, !writable, *allow_other)?;
-        self.daemon.execute("getfd", json!({ "fdname": "fuse" }), &[mount.device()])?;
+        let device = mount.device().try_clone_to_owned().map_err(Error::process("could not keep the FUSE device"))?;
+        self.kept.execute("getfd", json!({ "fdname": "fuse" }), &[Carried::other(device)])?;
         let others = if mount.is_shared() { AllowOther::On } else { AllowOther::Off };
         let export = json!({
             "type": "fuse", "id": FILE, "node-name": node, "fd": "fuse", "writable": writable, "growable": growable,
             "mountpoint": mount.mountpoint().to_string_lossy(), "allow-other": others.word(),
             "uid": rustix::process::geteuid().as_raw(), "gid": rustix::process::getegid().as_raw(),
         });
-        self.daemon.execute("block-export-add", export, &[])?;
+        // The kernel has greeted the first daemon, and greets nobody twice.
+        self.kept.execute_resumable("block-export-add", export, json!({ "resumed": true }), &[])?;
         self.file = Some(mount.attach()?);
         Ok(())
     }
 
-    /// Ends the daemon properly and removes the sockets.
+    /// The process id of the daemon that serves it now; `None` between two.
+    pub fn pid(&self) -> Option<u32> {
+        self.kept.pid()
+    }
+
+    /// Keeps it served until a signal, the daemon's own end, or one death too many. `tell` hears what happens meanwhile.
+    ///
+    /// # Errors
+    /// A daemon may not have the image any more, or processes cannot be waited for.
+    pub fn keep(&mut self, waiting: &Waiting, mut tell: impl FnMut(Happening<'_>)) -> Result<End> {
+        loop {
+            let failed = Error::process("could not wait for the daemon");
+            let pidfd = self.kept.daemon()?.pidfd().map_err(failed)?;
+            if waiting.until(Some(&pidfd), None)? {
+                return Ok(End::Signal);
+            }
+            drop(pidfd);
+            let since = Instant::now();
+            let (death, mut verdict) = self.kept.bury()?;
+            if !matches!(verdict, Verdict::Ended) {
+                tell(Happening::Died(&death));
+            }
+            loop {
+                let pause = match verdict {
+                    Verdict::Ended => return Ok(End::Daemon),
+                    Verdict::GivenUp => return Ok(End::GivenUp),
+                    Verdict::Again(pause) => pause,
+                };
+                if !pause.is_zero() && waiting.until(None, Some(pause))? {
+                    return Ok(End::Signal);
+                }
+                match self.kept.revive()? {
+                    Ok(pid) => break tell(Happening::Revived { pid, after: since.elapsed() }),
+                    Err((error, next)) => {
+                        tell(Happening::Failed(&error));
+                        verdict = next;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Ends the daemon, if there is one, properly, and removes the sockets.
     ///
     /// # Errors
     /// The daemon cannot be waited for.
@@ -260,27 +311,35 @@ impl Served {
         self.sockets.clear();
         // While it is served: what programs have mapped is written back.
         self.file = None;
-        self.daemon.stop().map(drop).map_err(Error::process("could not wait for the daemon"))
-    }
-
-    /// Waits for the end of a daemon that has ended or is about to, and removes the sockets; whether all went well.
-    ///
-    /// # Errors
-    /// The daemon cannot be waited for.
-    pub fn wait(mut self) -> Result<bool> {
-        self.sockets.clear();
-        let status = self.daemon.wait().map_err(Error::process("could not wait for the daemon"))?;
-        Ok(status.success())
+        self.kept.stop()
     }
 }
 
-/// What ended the waiting.
+/// What happens to a disk that is kept served.
+#[derive(Debug)]
+pub enum Happening<'a> {
+    /// Its daemon has died.
+    Died(&'a Death),
+    /// Another daemon serves it.
+    Revived {
+        /// The process.
+        pid: u32,
+        /// The time since the death was seen.
+        after: Duration,
+    },
+    /// Another daemon could not be brought to serve it.
+    Failed(&'a Error),
+}
+
+/// What ended the serving.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// A signal: the daemon may still run.
     Signal,
-    /// The daemon's own end.
+    /// The daemon's own end, in order.
     Daemon,
+    /// The daemon has died too often.
+    GivenUp,
 }
 
 /// Waits for what ends a served disk. Made before anything is started, so that no signal is missed.
@@ -296,24 +355,23 @@ impl Waiting {
         Ok(Waiting(Signals::block(&[signal::INT, signal::TERM, signal::HUP])?))
     }
 
-    /// Returns at a signal or when the daemon has ended.
-    ///
-    /// # Errors
-    /// The two cannot be waited for.
-    pub fn until_signal_or_end(&self, daemon: &Daemon) -> Result<End> {
-        let failed = Error::process("could not wait for the daemon");
-        let pidfd = daemon.pidfd().map_err(failed)?;
+    /// Returns at a signal: true; or when the process behind `pidfd` has ended or `most` is over: false.
+    fn until(&self, pidfd: Option<&OwnedFd>, most: Option<Duration>) -> Result<bool> {
+        let deadline = most.map(|most| Instant::now() + most);
         loop {
-            let mut fds = [PollFd::new(&self.0, PollFlags::IN), PollFd::new(&pidfd, PollFlags::IN)];
-            let polled = poll(&mut fds, None).map_err(std::io::Error::from);
-            let [signal, ended] = fds.map(|fd| !fd.revents().is_empty());
-            polled.map_err(Error::process("could not wait for the daemon"))?;
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+            let mut fds = vec![PollFd::new(&self.0, PollFlags::IN)];
+            fds.extend(pidfd.map(|pidfd| PollFd::new(pidfd, PollFlags::IN)));
+            let polled = poll(&mut fds, timeout.as_ref()).map_err(std::io::Error::from);
+            let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+            let count = polled.map_err(Error::process("could not wait for the daemon"))?;
             // A Ctrl-C reaches both: then the end of the daemon is no accident.
-            if signal && self.0.next().map_err(Error::process("could not read a signal"))?.is_some() {
-                return Ok(End::Signal);
+            if ready[0] && self.0.next().map_err(Error::process("could not read a signal"))?.is_some() {
+                return Ok(true);
             }
-            if ended {
-                return Ok(End::Daemon);
+            if count == 0 || ready.get(1).is_some_and(|ended| *ended) {
+                return Ok(false);
             }
         }
     }

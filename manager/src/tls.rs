@@ -3,12 +3,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use crate::daemon::Daemon;
+use crate::journal::Carried;
+use crate::kept::Kept;
 use crate::{Error, Result};
 
 /// The files of a server's credentials, named as QEMU names them.
@@ -74,7 +74,7 @@ impl Tls {
     }
 
     /// Makes the objects in the daemon, and adds what names them to the arguments of `nbd-server-start`.
-    pub(crate) fn pass(&self, daemon: &mut Daemon, start: &mut Value) -> Result<()> {
+    pub(crate) fn pass(&self, daemon: &mut Kept, start: &mut Value) -> Result<()> {
         for object in &self.objects {
             let mut object = object.clone();
             let dir = object.get("dir").and_then(Value::as_str).map(PathBuf::from);
@@ -103,8 +103,9 @@ impl Tls {
 }
 
 /// Opens the files of a directory that are there into a new set, under their names; the set.
-fn pass_directory(daemon: &mut Daemon, dir: &Path) -> Result<i64> {
-    let mut set = None;
+fn pass_directory(daemon: &mut Kept, dir: &Path) -> Result<i64> {
+    let set = daemon.next_set();
+    let mut found = false;
     for name in FILES {
         let path = dir.join(name);
         let file = match File::open(&path) {
@@ -112,11 +113,11 @@ fn pass_directory(daemon: &mut Daemon, dir: &Path) -> Result<i64> {
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             Err(source) => return Err(Error::Open { path, purpose: "", source }),
         };
-        let mut arguments = json!({ "opaque": name });
-        if let Some(set) = set {
-            arguments["fdset-id"] = json!(set);
-        }
-        set = daemon.execute("add-fd", arguments, &[file.as_fd()])?["fdset-id"].as_i64();
+        daemon.execute("add-fd", json!({ "fdset-id": set, "opaque": name }), &[Carried::other(file.into())])?;
+        found = true;
     }
-    set.ok_or_else(|| Error::Refused(format!("'{}' has no credentials: {}", dir.display(), FILES.join(", "))))
+    if found {
+        return Ok(set);
+    }
+    Err(Error::Refused(format!("'{}' has no credentials: {}", dir.display(), FILES.join(", "))))
 }

@@ -10,6 +10,8 @@ pub const INT: i32 = libc::SIGINT;
 pub const TERM: i32 = libc::SIGTERM;
 /// The terminal has gone.
 pub const HUP: i32 = libc::SIGHUP;
+/// The end at once.
+pub const KILL: i32 = libc::SIGKILL;
 /// A child has ended.
 pub const CHLD: i32 = libc::SIGCHLD;
 

@@ -97,6 +97,12 @@ pub fn types() -> Vec<Definition> {
                     Type::Named("FuseExportAllowOther"),
                     "Whether it was mounted so; unless `off`, its owner may change owner and permissions. Default `auto`.",
                 ),
+                Member::optional(
+                    "resumed",
+                    Type::Bool,
+                    "Whether another daemon of this version served the device and has died: what was under way is then asked \
+                     again (Linux 6.9 or later); default false. Not in QEMU.",
+                ),
                 Member::optional("uid", Type::Uint32, "The file's owner; default 0."),
                 Member::optional("gid", Type::Uint32, "The file's group; default 0."),
             ],
@@ -185,6 +191,8 @@ struct Fuse {
     growable: bool,
     allow_other: Option<String>,
     #[serde(default)]
+    resumed: bool,
+    #[serde(default)]
     uid: u32,
     #[serde(default)]
     gid: u32,
@@ -269,7 +277,7 @@ fn add_fuse(
     writable: bool,
     options: Fuse,
 ) -> Result<Value, Error> {
-    let Fuse { mountpoint, fd, growable, allow_other, uid, gid } = options;
+    let Fuse { mountpoint, fd, growable, allow_other, resumed, uid, gid } = options;
     let Some(fd) = fd else {
         return Err(Error::generic(format!(
             "Could not mount '{mountpoint}': this daemon mounts nothing; mount a /dev/fuse that is open with O_NONBLOCK, pass it \
@@ -285,7 +293,8 @@ fn add_fuse(
     let claim = daemon.graph.claim(node.name(), usage).map_err(block_error)?;
     let shared = allow_other.as_deref() != Some("off");
     let settings = fuse::Settings { node, writable, growable, shared, uid, gid };
-    match fuse::Export::start(device, settings, daemon.exports.changed()) {
+    let session = if resumed { fuse::Session::Resumed } else { fuse::Session::New };
+    match fuse::Export::start(device, settings, session, daemon.exports.changed()) {
         Ok(export) => daemon.exports.add(id, "fuse", Arc::new(export), claim),
         Err(error) => {
             daemon.graph.release(claim);

@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use tracing::{debug, warn};
 
 use super::file::{File, Settings};
-use super::reply::{REPLY_ROOM, Reply};
+use super::reply::{HEADER_LEN, REPLY_ROOM, Reply};
 use super::request::{Operation, REQUEST_ROOM, Request};
 use crate::running::{ClientShown, Running};
 
@@ -47,6 +47,16 @@ impl From<Errno> for StartError {
     fn from(errno: Errno) -> StartError {
         StartError::Io(errno.into())
     }
+}
+
+/// Whether a device begins to be served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Session {
+    /// The kernel's first word is still to come.
+    New,
+    /// A process of this version has served it, and died: what was agreed holds, and what it left unanswered is asked again.
+    /// Whoever has the file open goes on, and is not among the [clients](Running::clients).
+    Resumed,
 }
 
 /// A served file.
@@ -79,11 +89,15 @@ impl Export {
     pub fn start(
         device: OwnedFd,
         settings: Settings,
+        session: Session,
         changed: impl Fn() + Send + Sync + 'static,
     ) -> Result<Export, StartError> {
         check(&device)?;
         let file = File::new(settings);
-        greet(&device, &file)?;
+        match session {
+            Session::New => greet(&device, &file)?,
+            Session::Resumed => resume(&device)?,
+        }
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let shared = Arc::new(Shared {
             device,
@@ -148,6 +162,22 @@ fn greet(device: &OwnedFd, file: &File) -> Result<(), StartError> {
     let refused = room[4..8] != [0; 4];
     rustix::io::write(device, &room[..len])?;
     if refused { Err(StartError::Descriptor("is of a kernel before Linux 4.20, which is too old")) } else { Ok(()) }
+}
+
+/// Has the kernel repeat what it has no answer to (`FUSE_NOTIFY_RESEND`, Linux 6.9): doing it twice changes nothing, because
+/// every request says where.
+fn resume(device: &OwnedFd) -> Result<(), StartError> {
+    const RESEND: i32 = 7;
+    let mut notice = [0; HEADER_LEN];
+    notice[0..4].copy_from_slice(&u32::try_from(HEADER_LEN).unwrap_or(0).to_ne_bytes());
+    notice[4..8].copy_from_slice(&RESEND.to_ne_bytes());
+    match rustix::io::write(device, &notice) {
+        Ok(_) => Ok(()),
+        Err(Errno::PERM) => Err(StartError::Descriptor("is not mounted")),
+        Err(Errno::NODEV) => Err(StartError::Descriptor("is not mounted any more")),
+        Err(Errno::INVAL) => Err(StartError::Descriptor("is of a kernel before Linux 6.9, which repeats nothing")),
+        Err(e) => Err(e.into()),
+    }
 }
 
 impl Running for Export {

@@ -14,7 +14,7 @@ mod file;
 mod reply;
 mod request;
 
-pub use export::{Export, StartError};
+pub use export::{Export, Session, StartError};
 pub use file::{File, Settings};
 pub use reply::REPLY_ROOM;
 pub use request::{MAX_WRITE, Request};
