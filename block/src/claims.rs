@@ -81,17 +81,12 @@ impl Writes {
 /// A use that the graph granted; give it back with [`Graph::release`].
 #[derive(Debug)]
 pub struct Claim {
-    node: String,
     id: u64,
 }
 
 impl Claim {
     pub(crate) fn id(&self) -> u64 {
         self.id
-    }
-
-    pub(crate) fn into_parts(self) -> (String, u64) {
-        (self.node, self.id)
     }
 }
 
@@ -119,7 +114,7 @@ impl Graph {
         let id = self.next_claim;
         self.next_claim += 1;
         self.change(name, id, usage)?;
-        Ok(Claim { node: name.to_owned(), id })
+        Ok(Claim { id })
     }
 
     /// Puts a use in the place of claim `id`'s.

@@ -525,6 +525,15 @@ pub trait Driver: Send + Sync {
         Err(Error::invalid("this driver takes no descriptor"))
     }
 
+    /// Whether [`Driver::attach`] can put another node at `edge`.
+    fn attaches(&self, _edge: &str) -> bool {
+        false
+    }
+
+    /// Puts a node at an edge, where there is none or in the place of one with the same bytes in it. No request is under way that
+    /// would pass the edge.
+    fn attach(&self, _edge: &str, _node: Arc<BlockNode>) {}
+
     /// Takes another socket to the same server's export in use, for drivers with an option of [`OptionKind::Socket`].
     ///
     /// # Errors

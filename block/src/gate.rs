@@ -12,7 +12,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Counters, spread over threads.
-const SHARDS: usize = 16;
+pub(crate) const SHARDS: usize = 16;
 
 /// How long [`Gate::close`] sleeps between two looks at the counters.
 const LOOK_AGAIN: Duration = Duration::from_micros(50);
@@ -116,7 +116,7 @@ impl Drop for Closed<'_> {
 }
 
 /// The present thread's shard.
-fn shard() -> usize {
+pub(crate) fn shard() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local!(static SHARD: Cell<Option<usize>> = const { Cell::new(None) });
     SHARD.with(|shard| {

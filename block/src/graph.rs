@@ -53,7 +53,7 @@ pub(crate) struct Entry {
     /// As they were given.
     options: Options,
     /// Made for its parent and removed with it.
-    owned: bool,
+    pub(crate) owned: bool,
 }
 
 /// An edge and the claim that the parent holds on the child for it.
@@ -169,6 +169,8 @@ impl Graph {
     /// use` for an export's.
     pub fn remove(&mut self, name: &str) -> Result<()> {
         let entry = self.entry(name)?;
+        // As the backing file of another it is more than in use.
+        self.check_base(name)?;
         if let Some(usage) = entry.claims.values().next() {
             let text = match usage.user {
                 User::Node { .. } => format!("Block device {name} is in use"),
@@ -190,8 +192,11 @@ impl Graph {
 
     /// Gives a claim back; a node that was made for the claim's holder goes with it.
     pub fn release(&mut self, claim: Claim) {
-        let (name, id) = claim.into_parts();
-        self.release_id(&name, id);
+        // An overlay may have taken the place of the node that was claimed.
+        let holds = |(_, entry): &(&String, &Entry)| entry.claims.contains_key(&claim.id());
+        if let Some(name) = self.nodes.iter().find(holds).map(|(name, _)| name.clone()) {
+            self.release_id(&name, claim.id());
+        }
     }
 
     /// Puts another socket in place of a node's lost connection, or of the one that it has.

@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::Arc;
 
+use crate::child::Child;
 use crate::claims::Writes;
 use crate::driver::{
     Ask, ChildSpec, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared, Target,
@@ -27,7 +28,7 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
 
 /// A window on another node.
 struct Raw {
-    file: Arc<BlockNode>,
+    file: Child,
     offset: u64,
     /// `None`: to the end of the node below, wherever that is.
     size: Option<u64>,
@@ -55,7 +56,7 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         }
         _ => {}
     }
-    Ok(Box::new(Raw { file, offset, size }))
+    Ok(Box::new(Raw { file: Child::new(file), offset, size }))
 }
 
 impl Driver for Raw {
@@ -102,6 +103,14 @@ impl Driver for Raw {
 
     fn bypasses_cache(&self) -> bool {
         self.file.bypasses_cache()
+    }
+
+    fn attaches(&self, edge: &str) -> bool {
+        edge == "file"
+    }
+
+    fn attach(&self, _: &str, node: Arc<BlockNode>) {
+        self.file.put(node);
     }
 
     fn passes_on(&self) -> bool {

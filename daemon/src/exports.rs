@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use block::Claim;
+use block::{Claim, Root};
 use export::nbd::tls::Tls;
 use export::nbd::{Admission, Limits, Server, Settings};
 use export::{Running, Workers};
@@ -21,7 +21,7 @@ pub struct Shown<'a> {
     /// Its kind.
     pub kind: &'static str,
     /// Its node.
-    pub node_name: &'a str,
+    pub node_name: String,
     /// Whether it is being removed.
     pub shutting_down: bool,
 }
@@ -227,6 +227,11 @@ impl Exports {
         }
     }
 
+    /// Where the export called `id` finds its node.
+    pub fn root(&self, id: &str) -> Option<&Arc<Root>> {
+        self.entries.get(id).map(|entry| entry.export.root())
+    }
+
     /// Every running export by id.
     pub fn running(&self) -> impl Iterator<Item = (&str, &'static str, &dyn Running)> {
         self.entries.iter().map(|(id, entry)| (id.as_str(), entry.kind, &*entry.export))
@@ -239,7 +244,7 @@ impl Exports {
         entries.into_iter().map(|(id, entry)| Shown {
             id,
             kind: entry.kind,
-            node_name: entry.export.node().name(),
+            node_name: entry.export.node().name().to_owned(),
             shutting_down: entry.shutting_down,
         })
     }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use block::BlockNode;
+use block::Root;
 use block::stats::{Kind, Stats, Tally};
 
 /// A client's counters, those of its export, and those of its node. Cloning shares them.
@@ -12,13 +12,13 @@ use block::stats::{Kind, Stats, Tally};
 pub struct Meter {
     client: Arc<Stats>,
     export: Arc<Stats>,
-    node: Arc<BlockNode>,
+    root: Arc<Root>,
 }
 
 impl Meter {
     /// A new client's.
-    pub fn new(export: Arc<Stats>, node: Arc<BlockNode>) -> Meter {
-        Meter { client: Arc::default(), export, node }
+    pub fn new(export: Arc<Stats>, root: Arc<Root>) -> Meter {
+        Meter { client: Arc::default(), export, root }
     }
 
     /// The client's own counters.
@@ -36,7 +36,7 @@ impl Meter {
     /// Counts a batch that began at `started` and has been answered now.
     pub fn settle(&self, tally: &mut Tally, started: Instant) {
         if !tally.is_empty() {
-            tally.settle(started.elapsed(), [&*self.client, &*self.export, self.node.stats()]);
+            tally.settle(started.elapsed(), [&*self.client, &*self.export, self.root.look().stats()]);
         }
     }
 }

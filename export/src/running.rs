@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use block::BlockNode;
 use block::stats::Stats;
+use block::{BlockNode, Root};
 
 /// A client as queries show it.
 #[derive(Clone, Debug)]
@@ -19,8 +19,13 @@ pub struct ClientShown {
 
 /// An export that runs, as the control thread sees it. Every call returns at once.
 pub trait Running: Send + Sync {
-    /// The node.
-    fn node(&self) -> &Arc<BlockNode>;
+    /// Its place in the graph: where its requests find their node.
+    fn root(&self) -> &Arc<Root>;
+
+    /// The node at this moment.
+    fn node(&self) -> Arc<BlockNode> {
+        self.root().node()
+    }
 
     /// What all of its clients asked since it began.
     fn stats(&self) -> &Arc<Stats>;

@@ -84,6 +84,22 @@ impl Client {
         done.map(|()| outcome)
     }
 
+    /// Writes bytes and takes the answer.
+    #[allow(dead_code, reason = "each test takes what it needs")]
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        assert_eq!(self.style, Style::Simple);
+        let mut request = 0x2560_9513u32.to_be_bytes().to_vec();
+        request.extend([0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1]);
+        request.extend(offset.to_be_bytes());
+        request.extend(u32::try_from(data.len()).unwrap().to_be_bytes());
+        request.extend(data);
+        self.socket.write_all(&request)?;
+        let mut reply = [0; 16];
+        self.socket.read_exact(&mut reply)?;
+        assert_eq!(reply[4..8], [0; 4], "a write failed");
+        Ok(())
+    }
+
     fn exchange(
         &mut self,
         bytes: &[u8],

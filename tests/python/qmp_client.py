@@ -75,7 +75,8 @@ async def main(path, disk, nbd):
     ):
         await refused(qmp, command, {"device": "n", "name": "s"}, said)
         tried.add(command)
-    tried.add("block_resize")
+    await refused(qmp, "blockdev-snapshot", {"node": "n", "overlay": "none"}, "Cannot find device='none'")
+    tried.update(("block_resize", "blockdev-snapshot"))
     for name in ("b", "c"):
         await run("block-dirty-bitmap-add", {"node": "n", "name": name})
     for verb in ("disable", "enable", "clear"):

@@ -10,6 +10,7 @@ use super::cipher::SECTOR;
 use super::facts::facts;
 use super::header;
 use super::volume::{self, Volume};
+use crate::child::Child;
 use crate::claims::Writes;
 use crate::driver::{
     Ask, ChildSpec, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared, Target,
@@ -37,7 +38,7 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
 };
 
 struct Luks {
-    file: Arc<BlockNode>,
+    file: Child,
     /// `None` if only facts are asked for.
     encryption: Option<Encryption>,
     header: header::Header,
@@ -68,7 +69,7 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         )));
     }
     let encryption = cipher.map(|cipher| Encryption::new(cipher, payload));
-    Ok(Box::new(Luks { file, encryption, detached: detached.is_some(), header }))
+    Ok(Box::new(Luks { file: Child::new(file), encryption, detached: detached.is_some(), header }))
 }
 
 impl Luks {
@@ -124,6 +125,14 @@ impl Driver for Luks {
             return Err(Error::invalid(format!("The new size must be a multiple of 512, not {len}")));
         }
         self.file.resize(self.header.payload + len, preallocation)
+    }
+
+    fn attaches(&self, edge: &str) -> bool {
+        edge == "file"
+    }
+
+    fn attach(&self, _: &str, node: Arc<BlockNode>) {
+        self.file.put(node);
     }
 
     fn block_size(&self) -> u32 {

@@ -37,7 +37,7 @@ mod zero;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::io::Errno;
 
@@ -99,7 +99,7 @@ pub(crate) struct Qcow2 {
     file: Arc<BlockNode>,
     /// Where plain clusters are: the external data file, or `file`.
     data: Arc<BlockNode>,
-    backing: Option<Arc<BlockNode>>,
+    backing: OnceLock<Arc<BlockNode>>,
     /// Of what stands in plain clusters. The place in the file makes the sector's number.
     /// What the LUKS header of an encrypted image says.
     luks: Option<luks::Header>,
@@ -217,7 +217,7 @@ impl Driver for Qcow2 {
         let unit_bits = self.rules.unit_bits();
         let end = ((offset >> unit_bits) + run.units) << unit_bits;
         let target = match run.kind {
-            Kind::Unallocated => match &self.backing {
+            Kind::Unallocated => match self.backing.get() {
                 Some(node) => Target::Child { node, offset },
                 None => Target::Absent,
             },
@@ -309,6 +309,15 @@ impl Driver for Qcow2 {
 
     fn reopen(&self, writable: bool) -> Result<()> {
         if writable { self.begin_writing() } else { self.end_writing() }
+    }
+
+    fn attaches(&self, edge: &str) -> bool {
+        edge == "backing" && self.backing.get().is_none()
+    }
+
+    fn attach(&self, _: &str, node: Arc<BlockNode>) {
+        // There was none.
+        let _ = self.backing.set(node);
     }
 
     fn info(&self) -> Info {

@@ -6,7 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, OnceLock};
 
 use super::Qcow2;
 use super::entry::{L1Entry, Rules};
@@ -92,7 +92,7 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         header,
         file,
         data,
-        backing,
+        backing: backing.map(OnceLock::from).unwrap_or_default(),
         luks,
         encryption,
         discard_no_unref: request.options.get("discard-no-unref") == Some(&OptionValue::Bool(true)),

@@ -49,7 +49,7 @@ impl Qcow2 {
             }
             // Neither what the layers below have there is the guest's, nor what lies behind the old end: a crash must not show it.
             self.cut_off(before, len).map_err(failed)?;
-            let below = self.backing.as_ref().map_or(0, |backing| backing.len());
+            let below = self.backing.get().map_or(0, |backing| backing.len());
             self.zero_bytes(before, len.min(below.max(cluster_end(before)))).map_err(failed)?;
         }
         self.write_back().map_err(failed)?;
@@ -127,7 +127,7 @@ impl Qcow2 {
         let mut cluster = from.div_ceil(rules.cluster_size());
         let end = to.div_ceil(rules.cluster_size());
         // A crash before the header names the new size must not show what the layer below has there.
-        let hides = self.backing.is_some() && rules.version > 2;
+        let hides = self.backing.get().is_some() && rules.version > 2;
         let gone = if hides { L2Entry::zero(None, rules) } else { L2Entry::UNALLOCATED };
         let _hold = self.gate.enter();
         while cluster < end {

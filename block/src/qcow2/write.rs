@@ -179,7 +179,7 @@ impl Qcow2 {
         let unit = at >> rules.unit_bits() & (rules.units_per_cluster() - 1);
         let inside = at & (rules.cluster_size() - 1);
         match entry.kind(unit, rules) {
-            Kind::Unallocated => match &self.backing {
+            Kind::Unallocated => match self.backing.get() {
                 Some(backing) if at < backing.len() => backing.read_or_zero(buf, at, Wait::Allowed)?,
                 _ => return Ok(false),
             },

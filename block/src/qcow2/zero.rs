@@ -25,7 +25,7 @@ pub enum Wish {
 impl Qcow2 {
     /// Makes whole units zeroes: see [`crate::Driver::write_zeroes`].
     pub fn zero(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
-        if self.rules.version == 2 && self.backing.as_ref().is_some_and(|backing| offset < backing.len()) {
+        if self.rules.version == 2 && self.backing.get().is_some_and(|backing| offset < backing.len()) {
             // Version 2 cannot say that zeroes hide what is below.
             return Err(Errno::OPNOTSUPP.into());
         }
@@ -42,7 +42,7 @@ impl Qcow2 {
 
     /// Lets go of whole units: see [`crate::Driver::discard`].
     pub fn drop_units(&self, offset: u64, len: u64) -> io::Result<()> {
-        if self.rules.version == 2 && self.backing.as_ref().is_some_and(|backing| offset < backing.len()) {
+        if self.rules.version == 2 && self.backing.get().is_some_and(|backing| offset < backing.len()) {
             return Ok(());
         }
         if self.header.data_file_raw {
@@ -65,7 +65,7 @@ impl Qcow2 {
             let (next, crowded) = self.with_room(|meta| {
                 // A table that does not exist holds nothing to change.
                 let l1_index = cluster / rules.l2_entries();
-                if self.l1_entry(l1_index).offset() == 0 && self.backing.is_none() {
+                if self.l1_entry(l1_index).offset() == 0 && self.backing.get().is_none() {
                     return Ok((((l1_index + 1) * rules.l2_entries()) << rules.cluster_bits, false));
                 }
                 meta.check_flights(cluster)?;
@@ -100,7 +100,7 @@ impl Qcow2 {
         let is_zero = |kind: &Kind| match kind {
             Kind::Zero => true,
             // Without a layer below it reads as zeroes and takes no room.
-            Kind::Unallocated => self.backing.is_none(),
+            Kind::Unallocated => self.backing.get().is_none(),
             _ => false,
         };
         let keeps_room = old.place(rules).is_some() && old.is_exclusive();

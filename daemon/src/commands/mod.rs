@@ -17,6 +17,7 @@ mod nbd_server;
 mod node_query;
 mod objects;
 mod options;
+mod overlay;
 mod reopen;
 mod resize;
 mod snapshot;
@@ -51,6 +52,7 @@ pub fn table() -> Table<Daemon> {
         objects::types(),
         nbd_server::types(),
         node_query::types(),
+        overlay::types(),
         snapshot::types(),
         statistics::types(),
         transaction::types(),
@@ -71,6 +73,7 @@ pub fn table() -> Table<Daemon> {
     commands.extend(ledger::commands());
     commands.extend(objects::commands());
     commands.extend(resize::commands());
+    commands.extend(overlay::commands());
     commands.extend(snapshot::commands());
     commands.extend(bitmap::commands());
     commands.extend(transaction::commands());

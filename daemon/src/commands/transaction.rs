@@ -5,7 +5,7 @@
 use qmp::{Call, Command, Definition, Error, Member, Type};
 use serde_json::{Map, Value};
 
-use super::{bitmap, snapshot, words};
+use super::{bitmap, overlay, snapshot, words};
 use crate::state::Daemon;
 
 /// An action that is done.
@@ -34,6 +34,7 @@ const ACTIONS: &[(&str, &str, Act)] = &[
     ("block-dirty-bitmap-enable", "BlockDirtyBitmap", bitmap::enable),
     ("block-dirty-bitmap-disable", "BlockDirtyBitmap", bitmap::disable),
     ("block-dirty-bitmap-merge", "BlockDirtyBitmapMerge", bitmap::merge),
+    ("blockdev-snapshot", "BlockdevSnapshot", overlay::snapshot),
     ("blockdev-snapshot-internal-sync", "BlockdevSnapshotInternal", snapshot::create),
 ];
 
@@ -43,6 +44,7 @@ const WRAPPERS: &[(&str, &str, Type)] = &[
     ("BlockDirtyBitmapAddWrapper", "BlockDirtyBitmapAdd", Type::Named("BlockDirtyBitmapAdd")),
     ("BlockDirtyBitmapWrapper", "BlockDirtyBitmap", Type::Named("BlockDirtyBitmap")),
     ("BlockDirtyBitmapMergeWrapper", "BlockDirtyBitmapMerge", Type::Named("BlockDirtyBitmapMerge")),
+    ("BlockdevSnapshotWrapper", "BlockdevSnapshot", Type::Named("BlockdevSnapshot")),
     ("BlockdevSnapshotInternalWrapper", "BlockdevSnapshotInternal", Type::Named("BlockdevSnapshotInternal")),
 ];
 
@@ -105,7 +107,8 @@ fn transaction(daemon: &mut Daemon, call: Call<'_>) -> Result<Value, Error> {
         )));
     }
     // Guests write meanwhile: what a snapshot does not have must be marked in a bitmap that is added or cleared along with it.
-    actions.sort_by_key(|action| kind(action).starts_with("blockdev-snapshot"));
+    // An overlay needs no such care: requests wait from its action on.
+    actions.sort_by_key(|action| kind(action) == "blockdev-snapshot-internal-sync");
     let mut done = Vec::new();
     for mut action in actions {
         let kind = kind(&action);

@@ -12,7 +12,8 @@ pub fn render(daemon: &Daemon) -> String {
     let mut text = Text(String::new());
     let mut counted = Vec::new();
     for (id, kind, export) in daemon.exports.running() {
-        let labels = [("export", id), ("type", kind), ("node", export.node().name())];
+        let node = export.node();
+        let labels = [("export", id), ("type", kind), ("node", node.name())];
         counted.extend(counts(export.stats()).map(|(kind, count)| (labelled(&labels, Some(kind)), count)));
     }
     text.family("doorless_requests", "counter", None, "Requests of clients that succeeded.");
@@ -38,7 +39,8 @@ pub fn render(daemon: &Daemon) -> String {
     }
     text.family("doorless_export_clients", "gauge", None, "Clients that are connected.");
     for (id, kind, export) in daemon.exports.running() {
-        let labels = [("export", id), ("type", kind), ("node", export.node().name())];
+        let node = export.node();
+        let labels = [("export", id), ("type", kind), ("node", node.name())];
         text.sample("doorless_export_clients", &labelled(&labels, None), export.clients().len() as u64);
     }
     text.family("doorless_node_size_bytes", "gauge", Some("bytes"), "Size of a node.");

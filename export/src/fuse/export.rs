@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{io, thread};
 
-use block::BlockNode;
+use block::Root;
 use block::stats::Stats;
 use rustix::event::epoll;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -181,8 +181,8 @@ fn resume(device: &OwnedFd) -> Result<(), StartError> {
 }
 
 impl Running for Export {
-    fn node(&self) -> &Arc<BlockNode> {
-        self.shared.file.node()
+    fn root(&self) -> &Arc<Root> {
+        self.shared.file.root()
     }
 
     fn stats(&self) -> &Arc<Stats> {
@@ -211,7 +211,8 @@ impl Running for Export {
     }
 
     fn descriptors(&self) -> Vec<(i32, String)> {
-        let node = self.shared.file.node().name();
+        let node = self.shared.file.node();
+        let node = node.name();
         let own = [
             (self.shared.device.as_raw_fd(), format!("the FUSE device of node '{node}'")),
             (self.shared.stop.as_raw_fd(), format!("wake-ups of the FUSE export of node '{node}'")),

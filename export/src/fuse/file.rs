@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use block::stats::{Kind, Stats};
-use block::{BlockNode, ErrorKind, ExtentKind, Preallocation, Wait, ZeroFlags};
+use block::{BlockNode, ErrorKind, ExtentKind, Preallocation, Root, Wait, ZeroFlags};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
@@ -56,7 +56,7 @@ pub struct Settings {
 /// The file.
 #[derive(Debug)]
 pub struct File {
-    node: Arc<BlockNode>,
+    root: Arc<Root>,
     writable: bool,
     growable: bool,
     shared: bool,
@@ -85,6 +85,7 @@ impl File {
     pub fn new(settings: Settings) -> File {
         let Settings { node, writable, growable, shared, uid, gid } = settings;
         let stats: Arc<Stats> = Arc::default();
+        let root = Root::new(node);
         File {
             writable,
             growable,
@@ -93,15 +94,20 @@ impl File {
             mtime: AtomicU64::new(now()),
             opened: AtomicU64::new(0),
             resizing: Mutex::default(),
-            meter: Meter::new(Arc::clone(&stats), Arc::clone(&node)),
+            meter: Meter::new(Arc::clone(&stats), Arc::clone(&root)),
             stats,
-            node,
+            root,
         }
     }
 
-    /// The node.
-    pub fn node(&self) -> &Arc<BlockNode> {
-        &self.node
+    /// Where it finds its node.
+    pub fn root(&self) -> &Arc<Root> {
+        &self.root
+    }
+
+    /// The node at this moment.
+    pub fn node(&self) -> Arc<BlockNode> {
+        self.root.node()
     }
 
     /// What was asked of it.
@@ -143,7 +149,7 @@ impl File {
             Operation::Write { offset, data } => {
                 self.counted(Kind::Write, data.len() as u64, || self.write(offset, data, reply))
             }
-            Operation::Flush => self.counted(Kind::Flush, 0, || self.node.flush().map_err(|e| errno(&e))),
+            Operation::Flush => self.counted(Kind::Flush, 0, || self.root.enter().flush().map_err(|e| errno(&e))),
             Operation::Allocate { offset, len, mode } => {
                 self.counted(Kind::Zeroes, len, || self.allocate(offset, len, mode))
             }
@@ -168,8 +174,8 @@ impl File {
 
     /// `struct fuse_attr_out`: never valid for longer than now, because others may change the size.
     fn attributes(&self, reply: &mut Reply<'_>) -> Outcome {
-        let len = self.node.len();
-        let blocks = self.node.info().allocated_size.unwrap_or(len) / 512;
+        let len = self.root.enter().len();
+        let blocks = self.root.enter().info().allocated_size.unwrap_or(len) / 512;
         let mtime = self.mtime.load(Relaxed);
         let seconds = mtime / 1_000_000_000;
         // Below 10^9.
@@ -231,11 +237,11 @@ impl File {
             return Err(Errno::INVAL);
         }
         // Up to the end: the rest is missing from the reply.
-        let there = usize::try_from(self.node.len().saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
+        let there = usize::try_from(self.root.enter().len().saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
         if there == 0 {
             return Ok(());
         }
-        self.node.read(reply.data(there), offset, Wait::Allowed).map_err(|e| errno(&e))
+        self.root.enter().read(reply.data(there), offset, Wait::Allowed).map_err(|e| errno(&e))
     }
 
     /// What passes the end makes the file longer if it can be longer; else what fits is written, and `ENOSPC` if that is nothing.
@@ -244,17 +250,18 @@ impl File {
             return Err(Errno::BADF);
         }
         let end = offset.checked_add(data.len() as u64).filter(|&end| end <= LARGEST).ok_or(Errno::FBIG)?;
-        if self.growable && end > self.node.len() {
+        if self.growable && end > self.root.enter().len() {
             let _alone = self.alone();
-            if end > self.node.len() {
+            if end > self.root.enter().len() {
                 self.resize(end, Preallocation::Off)?;
             }
         }
-        let there = usize::try_from(self.node.len().saturating_sub(offset)).unwrap_or(usize::MAX).min(data.len());
+        let there =
+            usize::try_from(self.root.enter().len().saturating_sub(offset)).unwrap_or(usize::MAX).min(data.len());
         if there == 0 && !data.is_empty() {
             return Err(Errno::NOSPC);
         }
-        self.node.write(&data[..there], offset, false).map_err(|e| errno(&e))?;
+        self.root.enter().write(&data[..there], offset, false).map_err(|e| errno(&e))?;
         self.mtime.store(now(), Relaxed);
         // `struct fuse_write_out`; at most MAX_WRITE.
         reply.u32(u32::try_from(there).unwrap_or(0));
@@ -264,7 +271,7 @@ impl File {
 
     fn truncate(&self, size: u64) -> Outcome {
         let _alone = self.alone();
-        if size == self.node.len() {
+        if size == self.root.enter().len() {
             return Ok(());
         }
         if !self.growable {
@@ -279,7 +286,7 @@ impl File {
         if size > LARGEST {
             return Err(Errno::FBIG);
         }
-        self.node.resize(size, preallocation).map_err(|e| {
+        self.root.enter().resize(size, preallocation).map_err(|e| {
             let host = e.source().and_then(|source| source.downcast_ref::<io::Error>());
             match (host, e.kind) {
                 (Some(host), _) => errno(host),
@@ -303,7 +310,7 @@ impl File {
         }
         let keep_size = mode & FallocateFlags::KEEP_SIZE.bits() != 0;
         let kind = mode & !FallocateFlags::KEEP_SIZE.bits();
-        let size = self.node.len();
+        let size = self.root.enter().len();
         if kind == 0 {
             return if !keep_size && offset >= size && self.growable {
                 let _alone = self.alone();
@@ -322,16 +329,16 @@ impl File {
                 return Err(Errno::NOSPC);
             }
             let _alone = self.alone();
-            if end > self.node.len() {
+            if end > self.root.enter().len() {
                 self.resize(end, Preallocation::Off)?;
             }
         }
-        let there = self.node.len().min(end).saturating_sub(offset);
+        let there = self.root.enter().len().min(end).saturating_sub(offset);
         if there == 0 {
             return Ok(());
         }
         let flags = ZeroFlags { may_unmap, fast_only: false };
-        self.node.write_zeroes(offset, there, flags, false).map_err(|e| errno(&e))?;
+        self.root.enter().write_zeroes(offset, there, flags, false).map_err(|e| errno(&e))?;
         self.mtime.store(now(), Relaxed);
         Ok(())
     }
@@ -343,13 +350,13 @@ impl File {
             SEEK_HOLE => ExtentKind::Zero,
             _ => return Err(Errno::INVAL),
         };
-        let end = self.node.len();
+        let end = self.root.enter().len();
         if offset >= end {
             return Err(Errno::NXIO);
         }
         let mut at = offset;
         for _ in 0..MOST_STEPS {
-            let extent = self.node.status(at, end - at).map_err(|e| errno(&e))?;
+            let extent = self.root.enter().status(at, end - at).map_err(|e| errno(&e))?;
             if extent.kind == wanted {
                 return Ok(at);
             }
@@ -363,7 +370,7 @@ impl File {
 
     /// `struct fuse_kstatfs`: a file system that this file fills.
     fn file_system(&self, reply: &mut Reply<'_>) {
-        reply.u64(self.node.len() / 512);
+        reply.u64(self.root.enter().len() / 512);
         reply.padding(16);
         reply.u64(1);
         reply.u64(0);

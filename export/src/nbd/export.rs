@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use block::BlockNode;
 use block::stats::Stats;
+use block::{BlockNode, Root};
 
 use super::context::Bitmap;
 use super::proto::flag;
@@ -21,7 +21,7 @@ pub struct Settings {
     pub name: String,
     /// Free text for `NBD_OPT_LIST`.
     pub description: Option<String>,
-    /// The node.
+    /// The node to begin with.
     pub node: Arc<BlockNode>,
     /// Whether clients may change it; the node is then writable too.
     pub writable: bool,
@@ -52,6 +52,7 @@ impl Settings {
 #[derive(Debug)]
 pub struct Export {
     settings: Settings,
+    root: Arc<Root>,
     /// The server takes one client at a time: a second connection of the same client would wait for ever.
     single: bool,
     stats: Arc<Stats>,
@@ -66,7 +67,8 @@ struct Clients {
 
 impl Export {
     pub(super) fn new(settings: Settings, single: bool) -> Export {
-        Export { settings, single, stats: Arc::default(), clients: Mutex::default() }
+        let root = Root::new(Arc::clone(&settings.node));
+        Export { settings, root, single, stats: Arc::default(), clients: Mutex::default() }
     }
 
     /// The name that clients ask for.
@@ -79,9 +81,9 @@ impl Export {
         self.settings.description.as_deref()
     }
 
-    /// The node.
-    pub fn node(&self) -> &Arc<BlockNode> {
-        &self.settings.node
+    /// The node at this moment.
+    pub fn node(&self) -> Arc<BlockNode> {
+        self.root.node()
     }
 
     /// Whether clients may change the node.
@@ -151,7 +153,7 @@ impl Export {
         if clients.closing {
             return None;
         }
-        let meter = Meter::new(Arc::clone(&self.stats), Arc::clone(self.node()));
+        let meter = Meter::new(Arc::clone(&self.stats), Arc::clone(&self.root));
         clients.present.insert(client, (Arc::clone(stream), meter.clone()));
         Some(meter)
     }
@@ -166,8 +168,8 @@ impl Export {
 }
 
 impl Running for Export {
-    fn node(&self) -> &Arc<BlockNode> {
-        &self.settings.node
+    fn root(&self) -> &Arc<Root> {
+        &self.root
     }
 
     fn stats(&self) -> &Arc<Stats> {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use block::stats::{Kind, Tally};
-use block::{BlockNode, Wait, ZeroFlags};
+use block::{BlockNode, Root, Wait, ZeroFlags};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
@@ -27,6 +27,7 @@ use super::proto::{self, Command, MAX_PAYLOAD, Request, cmd_flag};
 use super::reply::{self, Style, To};
 use super::status;
 use crate::meter::Meter;
+use crate::running::Running as _;
 use crate::workers::Workers;
 
 /// Most requests at the workers at once, for one connection.
@@ -45,7 +46,7 @@ const LEAST_CHARGE: usize = 256;
 pub fn serve(channel: &mut Channel, agreed: &Agreed, meter: Meter, workers: &Workers) -> io::Result<()> {
     let mut session = Session {
         channel,
-        node: agreed.export.node(),
+        root: agreed.export.root(),
         writable: agreed.export.writable(),
         writethrough: agreed.export.writethrough(),
         block_size: u64::from(agreed.export.block_size()),
@@ -87,7 +88,7 @@ enum State {
 
 struct Session<'a> {
     channel: &'a mut Channel,
-    node: &'a Arc<BlockNode>,
+    root: &'a Arc<Root>,
     writable: bool,
     writethrough: bool,
     block_size: u64,
@@ -292,7 +293,7 @@ impl Session<'_> {
     }
 
     fn check_range(&self, command: Command, offset: u64, len: u64) -> Result<(), u32> {
-        if offset.checked_add(len).is_none_or(|end| end > self.node.len()) {
+        if offset.checked_add(len).is_none_or(|end| end > self.root.look().len()) {
             return Err(if matches!(command, Command::Write | Command::WriteZeroes) {
                 proto::ENOSPC
             } else {
@@ -334,9 +335,9 @@ impl Session<'_> {
             }
         };
         let one = request.flags & cmd_flag::REQ_ONE != 0;
-        let (node, meter, started) = (Arc::clone(self.node), self.meter.clone(), Instant::now());
+        let (root, meter, started) = (Arc::clone(self.root), self.meter.clone(), Instant::now());
         self.hand_over(to, LEAST_CHARGE, move |slot| {
-            let (bytes, failed) = status::reply(style, &node, &contexts, to, len, one);
+            let (bytes, failed) = status::reply(style, &root.enter(), &contexts, to, len, one);
             meter.record(Kind::Status, len, failed, started);
             slot.fill(bytes);
         })
@@ -356,10 +357,10 @@ impl Session<'_> {
                 return self.read_in_place(to, len, Wait::Allowed);
             }
         }
-        let (node, style) = (Arc::clone(self.node), self.style);
+        let (root, style) = (Arc::clone(self.root), self.style);
         let (meter, started) = (self.meter.clone(), Instant::now());
         self.hand_over(to, size, move |slot| {
-            let (bytes, failed) = reply::read(style, &node, to, len);
+            let (bytes, failed) = reply::read(style, &root.enter(), to, len);
             meter.record(Kind::Read, len.into(), failed, started);
             slot.fill(bytes);
         })
@@ -369,7 +370,9 @@ impl Session<'_> {
     fn read_in_place(&mut self, to: To, len: u32, wait: Wait) -> io::Result<()> {
         let header = self.style.read_header_len();
         let room = self.outbox.reserve(header + len as usize, self.channel)?;
-        match self.node.read(&mut room[header..], to.offset, wait) {
+        // Whoever drains the root must not wait for this client to take its answers.
+        let read = self.root.enter().read(&mut room[header..], to.offset, wait);
+        match read {
             Ok(()) => {
                 self.style.put_read_header(&mut room[..header], to, len);
                 self.tally.note(Kind::Read, len.into(), false);
@@ -386,11 +389,11 @@ impl Session<'_> {
     /// Writes `piece` bytes of a payload of which `left` bytes are missing.
     fn payload(&mut self, request: Request, offset: u64, piece: usize, left: usize) -> io::Result<()> {
         let only_one = self.in_flight == 0 && self.inbox.bytes().len() == piece;
-        if piece == left && offset == request.offset && !only_one && self.node.bypasses_cache() {
+        if piece == left && offset == request.offset && !only_one && self.root.look().bypasses_cache() {
             // Each waits for the device: they should do so together.
             return self.hand_over_write(request, piece);
         }
-        let written = self.node.write(&self.inbox.bytes()[..piece], offset, false);
+        let written = self.root.enter().write(&self.inbox.bytes()[..piece], offset, false);
         self.inbox.consume(piece);
         let left = left - piece;
         if let Err(e) = written {
@@ -416,10 +419,10 @@ impl Session<'_> {
         let payload = self.inbox.bytes()[..size].to_vec();
         self.inbox.consume(size);
         self.state = State::Header;
-        let (node, style, to) = (Arc::clone(self.node), self.style, to(&request));
+        let (root, style, to) = (Arc::clone(self.root), self.style, to(&request));
         let (meter, started) = (self.meter.clone(), Instant::now());
         self.hand_over(to, size, move |slot| {
-            let result = node.write(&payload, request.offset, request.flags & cmd_flag::FUA != 0);
+            let result = root.enter().write(&payload, request.offset, request.flags & cmd_flag::FUA != 0);
             meter.record(Kind::Write, request.len, result.is_err(), started);
             slot.fill(style.outcome(to, result));
         })
@@ -428,10 +431,11 @@ impl Session<'_> {
     /// Gives a request that may take its time to the workers; it counts as one of `kind`.
     fn submit(&mut self, request: Request, kind: Kind) -> io::Result<()> {
         let Request { flags, command, offset, len, .. } = request;
-        let (node, style, to) = (Arc::clone(self.node), self.style, to(&request));
+        let (root, style, to) = (Arc::clone(self.root), self.style, to(&request));
         let durable = flags & cmd_flag::FUA != 0;
         let (meter, started) = (self.meter.clone(), Instant::now());
         self.hand_over(to, LEAST_CHARGE, move |slot| {
+            let node = root.enter();
             let result = match command {
                 Command::Flush => node.flush(),
                 Command::Trim => node.discard(offset, len).and_then(|()| if durable { node.flush() } else { Ok(()) }),
@@ -443,6 +447,7 @@ impl Session<'_> {
                 Command::Cache => cache(&node, offset, len),
                 _ => Err(Errno::INVAL.into()),
             };
+            drop(node);
             meter.record(kind, len, result.is_err(), started);
             slot.fill(style.outcome(to, result));
         })

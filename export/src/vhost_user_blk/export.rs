@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{io, thread};
 
-use block::BlockNode;
 use block::stats::Stats;
+use block::{BlockNode, Root};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
@@ -94,7 +94,7 @@ impl Export {
         let shared = Arc::new(Shared {
             id,
             disk: Arc::new(Disk {
-                node,
+                root: Root::new(node),
                 writable,
                 writethrough,
                 block_size,
@@ -126,8 +126,8 @@ impl Export {
 }
 
 impl Running for Export {
-    fn node(&self) -> &Arc<BlockNode> {
-        &self.shared.disk.node
+    fn root(&self) -> &Arc<Root> {
+        &self.shared.disk.root
     }
 
     fn stats(&self) -> &Arc<Stats> {
@@ -229,7 +229,7 @@ impl Shared {
             Ok(peer) => format!("process {}, user {}", peer.pid, peer.uid.as_raw()),
             Err(_) => "unknown".into(),
         };
-        let meter = Meter::new(Arc::clone(&self.stats), Arc::clone(&self.disk.node));
+        let meter = Meter::new(Arc::clone(&self.stats), Arc::clone(&self.disk.root));
         *lock(&self.client) = Some(ClientShown { id, peer, stats: Arc::clone(meter.client()) });
         info!(export = self.id, client = id, "vhost-user front end connected");
         let channel = Channel::new(socket);

@@ -19,7 +19,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use block::stats::Tally;
-use block::{BlockNode, Wait};
+use block::{Root, Wait};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use sys::guest::Slice;
@@ -44,7 +44,7 @@ const STACK: usize = 256 << 10;
 #[derive(Debug)]
 pub struct Disk {
     /// The node.
-    pub node: Arc<BlockNode>,
+    pub root: Arc<Root>,
     /// Whether guests may write.
     pub writable: bool,
     /// Whether no write may rest in a cache, whatever the guest says.
@@ -349,7 +349,7 @@ impl<'m> Queue<'m> {
         let Setup { memory, disk, .. } = self.setup;
         self.ring.walk(head, &mut self.chain)?;
         self.request.parse(&mut self.chain, memory, disk.block_size)?;
-        if !alone && (self.request.is_slow() || (self.request.is_write() && disk.node.bypasses_cache())) {
+        if !alone && (self.request.is_slow() || (self.request.is_write() && disk.root.look().bypasses_cache())) {
             return self.hand_over(head);
         }
         let wait = if alone { Wait::Allowed } else { Wait::Never };
@@ -435,7 +435,7 @@ impl<'m> Queue<'m> {
 impl Disk {
     fn means(&self) -> Means<'_> {
         Means {
-            node: &self.node,
+            node: self.root.enter(),
             writable: self.writable,
             durable: !self.write_back.load(Ordering::Relaxed),
             id: &self.id,

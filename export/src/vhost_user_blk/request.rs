@@ -4,7 +4,7 @@
 use std::io;
 
 use block::stats::Kind;
-use block::{BlockNode, Wait, ZeroFlags};
+use block::{Entered, Wait, ZeroFlags};
 use rustix::io::Errno;
 use sys::guest::Slice;
 use sys::scatter;
@@ -73,10 +73,10 @@ pub struct Request {
 }
 
 /// What a request is done with.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Means<'a> {
     /// The disk.
-    pub node: &'a BlockNode,
+    pub node: Entered<'a>,
     /// Whether it may be changed.
     pub writable: bool,
     /// Whether a write must be on stable storage when it is answered.

@@ -111,7 +111,7 @@ impl<'a> Session<'a> {
     /// A front end that has said nothing yet.
     pub fn new(host: Host<'a>, channel: &'a Channel, meter: Meter) -> Session<'a> {
         let queues = (0..host.queues).map(|_| Known::default()).collect();
-        let told = host.disk.node.len();
+        let told = host.disk.root.node().len();
         Session {
             host,
             channel,
@@ -197,7 +197,7 @@ impl<'a> Session<'a> {
 
     /// Tells the front end that the device's size is another one.
     fn tell_size(&mut self) {
-        let len = self.host.disk.node.len();
+        let len = self.host.disk.root.node().len();
         if std::mem::replace(&mut self.told, len) != len
             && self.protocol & proto::feature::CONFIG != 0
             && let Some(back) = &self.back
@@ -283,7 +283,7 @@ impl<'a> Session<'a> {
                 let (offset, len, _) = payload.config()?;
                 let mut reply = payload.bytes()[..12].to_vec();
                 reply.extend(&self.offer().config()[offset..offset + len]);
-                self.told = self.host.disk.node.len();
+                self.told = self.host.disk.root.node().len();
                 return Ok(Answer::Reply(reply));
             }
             Request::SetConfig => {
@@ -380,9 +380,9 @@ impl<'a> Session<'a> {
     }
 
     fn offer(&self) -> config::Disk {
-        let Disk { node, writable, writethrough, block_size, write_back, .. } = &**self.host.disk;
+        let Disk { root, writable, writethrough, block_size, write_back, .. } = &**self.host.disk;
         config::Disk {
-            len: node.len(),
+            len: root.node().len(),
             block_size: *block_size,
             queues: self.host.queues,
             writable: *writable,

@@ -49,7 +49,7 @@ impl Fixture {
 
     /// The node that is exported.
     pub fn node(&self) -> Arc<BlockNode> {
-        Arc::clone(self.export.node())
+        self.export.node()
     }
 
     /// Exports a driver of the test's own.
