@@ -342,16 +342,6 @@ fn a_check_repairs_and_says_so_in_its_exit_status() {
 }
 
 #[test]
-fn verbs_that_are_not_built_are_refused_by_name() {
-    let scratch = Scratch::new();
-    for verb in ["bench", "commit", "dd", "rebase"] {
-        let output = ours(&scratch.path(""), &[verb, "image"]);
-        assert_eq!(output.status.code(), Some(1));
-        assert!(err(&output).contains(&format!("'{verb}' is not supported")), "{}", err(&output));
-    }
-}
-
-#[test]
 fn names_in_an_image_lead_nowhere_outside_its_directory() {
     if !judges("names_in_an_image_lead_nowhere", &JUDGES) {
         return;

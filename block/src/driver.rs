@@ -472,6 +472,14 @@ pub trait Driver: Send + Sync {
         Err(Error::unsupported("Image format driver does not support resize"))
     }
 
+    /// Forgets everything that this layer has, so that all of it is what the backing file has.
+    ///
+    /// # Errors
+    /// `Unsupported` for formats and images that cannot; `Io`.
+    fn empty(&self) -> Result<()> {
+        Err(Error::unsupported("this image cannot be emptied"))
+    }
+
     /// The snapshots that the image keeps, for formats that can.
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         None

@@ -401,6 +401,17 @@ impl BlockNode {
         Ok(())
     }
 
+    /// Forgets everything that this layer has, so that all of it is what the backing file has.
+    ///
+    /// # Errors
+    /// The node is read-only; those of [`Driver::empty`].
+    pub fn empty(&self) -> Result<()> {
+        if !self.writable() {
+            return Err(Error::invalid(format!("Block node is read-only: '{}'", self.name)));
+        }
+        self.driver.empty()
+    }
+
     /// The snapshots that the image keeps.
     ///
     /// # Errors

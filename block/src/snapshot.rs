@@ -43,6 +43,13 @@ pub trait Snapshots {
     /// There is none, or as [`Snapshots::create`].
     fn apply(&self, which: &str) -> Result<()>;
 
+    /// Makes a node that nobody writes show the state of the snapshot that has this id and this name, as far as they are given.
+    /// The image stays as it is.
+    ///
+    /// # Errors
+    /// There is none, the node is written, or the table cannot be read.
+    fn show(&self, id: Option<&str>, name: Option<&str>) -> Result<()>;
+
     /// Lets the snapshot go that has this id and this name, as far as they are given; what it was.
     ///
     /// # Errors

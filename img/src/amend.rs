@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `amend`: other options for an image that is there.
 
-use block::{Options, format_named};
+use block::format_named;
 
 use crate::disk::{Disk, Named, Usage, format_of};
 use crate::options;
+use crate::secrets::Secrets;
 use crate::tool::{Error, Result, confine};
 
 /// What is asked.
@@ -15,6 +16,8 @@ pub struct Request {
     pub format: Option<String>,
     /// `-o`, as it was written.
     pub options: Vec<String>,
+    /// Secrets that they name.
+    pub secrets: Secrets,
     /// Go on without a layer of confinement that cannot be had.
     pub best_effort: bool,
 }
@@ -28,7 +31,8 @@ pub fn run(request: Request) -> Result<u8> {
     let disk = Disk::file(request.image, Usage { writable: true, force_share: false })?;
     let format = format_of(&disk.node, request.format.as_deref())?;
     let known = format_named(&format).map_or(&[][..], |format| format.create_options);
-    let (options, size): (Options, _) = options::parse(&request.options, known).map_err(Error::Text)?;
+    let options::Parsed { options, size, .. } =
+        options::parse(&request.options, known, &request.secrets).map_err(Error::Text)?;
     if size.is_some() {
         return Err(Error::Text("the size is changed by the verb 'resize'".into()));
     }

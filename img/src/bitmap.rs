@@ -103,7 +103,11 @@ fn remove(node: &BlockNode, name: &str) -> Done<()> {
     Ok(())
 }
 
-fn enable(node: &BlockNode, name: &str, enabled: bool) -> Done<()> {
+/// Lets a bitmap track writes, or not.
+///
+/// # Errors
+/// There is none of that name, or its content is lost: QEMU's words.
+pub fn enable(node: &BlockNode, name: &str, enabled: bool) -> Done<()> {
     sound(node, name).map(|bitmap| node.bitmaps().set_enabled(&bitmap, enabled))
 }
 

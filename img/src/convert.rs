@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `convert`: the content of a chain into one new image, or over one that is there.
+//! `convert`, and `dd`: the content of chains into one new image, or over one that is there.
 //!
 //! Threads take pieces in turn; each reads its piece, looks for zeroes, compresses, and writes, so that all of this overlaps. What
 //! the source says is zero is never read, and what is zero is never written to a new image.
@@ -7,12 +7,13 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use block::{BlockNode, CreateRequest, ExtentKind, Options, Wait, ZeroFlags};
+use block::{BlockNode, CreateRequest, OptionValue, Options, ZeroFlags};
 
 use crate::disk::{Disk, Layer, Named, Usage};
 use crate::progress::Progress;
-use crate::stream;
-use crate::tool::{Error, Result, confine};
+use crate::source::{Kind, Manner, Source, failed};
+use crate::tool::{Error, Result, confine, printable, warn};
+use crate::{bitmap, stream};
 
 /// Bytes that a thread takes at a time, unless a compressed cluster is larger.
 const PIECE: u64 = 2 << 20;
@@ -27,6 +28,14 @@ pub enum Target {
         format: String,
         /// Its options.
         options: Options,
+        /// Where its data goes, if it is to have an external data file.
+        data_file: Option<Named>,
+        /// What it is made over.
+        backing: Vec<Layer>,
+        /// The content id of its backing file.
+        parent_cid: Option<u32>,
+        /// Whether the file reads as zeroes where nothing is written: a device does not.
+        is_zero: bool,
     },
     /// An image that is there, and large enough.
     Existing {
@@ -39,20 +48,24 @@ pub enum Target {
 
 /// What is asked.
 pub struct Request {
-    /// The chain that is read.
-    pub source: Vec<Layer>,
+    /// The chains that are read, one behind the other.
+    pub sources: Vec<Vec<Layer>>,
+    /// How they are read.
+    pub manner: Manner,
+    /// The part of them that is copied: bytes that are left out, and how many follow at most.
+    pub part: Option<(u64, u64)>,
     /// Where it goes.
     pub target: Target,
     /// Store every cluster compressed.
     pub compress: bool,
     /// Runs of zeroes of at least so many bytes are not written; 0 writes them all.
     pub sparse: u64,
+    /// Persistent bitmaps of the source are copied; `Some(true)` leaves out those whose content is lost.
+    pub bitmaps: Option<bool>,
     /// Threads.
     pub threads: usize,
     /// Show how far it is.
     pub progress: bool,
-    /// Others may write the source at the same time.
-    pub force_share: bool,
     /// Go on without a layer of confinement that cannot be had.
     pub best_effort: bool,
 }
@@ -62,30 +75,48 @@ pub struct Request {
 /// # Errors
 /// An image cannot be opened, made, read or written.
 pub fn run(request: Request) -> Result<()> {
-    let Request { source, target, compress, sparse, threads, progress, force_share, best_effort } = request;
+    let Request { sources, manner, part, target, compress, sparse, bitmaps, threads, progress, best_effort } = request;
     confine(best_effort)?;
-    let source = Disk::open(source, Usage { writable: false, force_share })?;
-    let len = source.node.len();
+    let mut source = Source::open(sources, manner)?;
+    if let Some((skip, len)) = part {
+        source = source.part(skip, len);
+    }
+    let len = source.len();
     let usage = Usage { writable: true, force_share: false };
     let (target, reads_zero) = match target {
-        Target::New { file, format, options } => {
-            let again = Named { file: file.file.try_clone().map_err(output)?, name: file.name.clone() };
+        Target::New { file, format, options, data_file, backing, parent_cid, is_zero } => {
+            let again = |named: &Named| {
+                let file = named.file.try_clone().map_err(output)?;
+                Ok::<_, Error>(Named { file, name: named.name.clone() })
+            };
+            let image = again(&file)?;
+            let data_again = data_file.as_ref().map(again).transpose()?;
+            let secret = options.values().find_map(|value| match value {
+                OptionValue::Secret(secret) => Some(secret.clone()),
+                _ => None,
+            });
             let made = Disk::file(file, usage)?;
+            let data = data_file.map(|data| Disk::file(data, usage)).transpose()?;
             let request = CreateRequest {
                 file: made.node.clone(),
-                data_file: None,
+                data_file: data.as_ref().map(|data| data.node.clone()),
                 extents: Vec::new(),
-                parent_cid: None,
-                size: len,
+                parent_cid,
+                size: len.checked_next_multiple_of(512).unwrap_or(len),
                 options,
             };
             if let Some(stream) = block::stream(&format, &request)? {
-                stream::fill(&source.node, stream, threads, &Progress::new(len, progress))?;
+                stream::fill(&source, stream, threads, &Progress::new(len, progress))?;
                 return Ok(made.close()?);
             }
             block::create(&format, &request)?;
+            drop(request);
             made.close()?;
-            (Disk::open(vec![Layer { image: again, format, data_file: None, extents: Vec::new() }], usage)?, true)
+            data.map_or(Ok(()), Disk::close)?;
+            // What was never written to an encrypted volume reads as noise.
+            let is_zero = is_zero && backing.is_empty() && format != "luks";
+            let top = Layer { image, format, data_file: data_again, extents: Vec::new(), secret };
+            (Disk::open(std::iter::once(top).chain(backing).collect(), usage)?, is_zero)
         }
         Target::Existing { layers, is_zero } => (Disk::open(layers, usage)?, is_zero),
     };
@@ -101,7 +132,7 @@ pub fn run(request: Request) -> Result<()> {
         (true, None) => return Err(Error::Text("Compression not supported for this file format".into())),
     };
     let copy = Copy {
-        source: &source.node,
+        source: &source,
         target: &target.node,
         len,
         piece: cluster.map_or(PIECE, |cluster| cluster.max(64 << 10)),
@@ -129,7 +160,33 @@ pub fn run(request: Request) -> Result<()> {
         target.node.write_zeroes(len, target.node.len() - len, flags, false).map_err(|e| failed("writing", len, &e))?;
     }
     copy.progress.end();
+    if let Some(skip_broken) = bitmaps {
+        for disk in source.disks() {
+            copy_bitmaps(&disk.node, &target.node, skip_broken)?;
+        }
+    }
     target.close()?;
+    Ok(())
+}
+
+fn copy_bitmaps(source: &BlockNode, target: &BlockNode, skip_broken: bool) -> Result<()> {
+    for bitmap in source.bitmaps().list().into_iter().filter(|bitmap| bitmap.is_persistent()) {
+        let name = bitmap.name();
+        if bitmap.is_inconsistent() {
+            if skip_broken {
+                warn(&format!("qemu-img: warning: Skipping inconsistent bitmap '{}'", printable(name)));
+                continue;
+            }
+            return Err(Error::Text(format!(
+                "Cannot copy inconsistent bitmap '{}'\nTry --skip-broken-bitmaps, or use 'qemu-img bitmap --remove'",
+                printable(name)
+            )));
+        }
+        let copied = bitmap::add(target, name, Some(bitmap.granularity()))
+            .and_then(|()| bitmap::enable(target, name, bitmap.is_enabled()))
+            .and_then(|()| bitmap::merge(target, name, source, name));
+        copied.map_err(|why| Error::Text(format!("Failed to populate bitmap '{}': {why}", printable(name))))?;
+    }
     Ok(())
 }
 
@@ -137,21 +194,17 @@ fn output(e: std::io::Error) -> Error {
     Error::Text(format!("could not use the output file: {e}"))
 }
 
-pub(crate) fn failed(doing: &str, at: u64, e: &std::io::Error) -> Error {
-    Error::Text(format!("error while {doing} at byte {at}: {e}"))
-}
-
 /// Where the next piece begins, and until where the run goes on that it lies in.
 #[derive(Default)]
 struct Cursor {
     at: u64,
     run_end: u64,
-    is_zero: bool,
+    kind: Option<Kind>,
     failed: bool,
 }
 
 struct Copy<'a> {
-    source: &'a BlockNode,
+    source: &'a Source,
     target: &'a BlockNode,
     len: u64,
     piece: u64,
@@ -167,11 +220,11 @@ impl Copy<'_> {
     fn work(&self) -> Result<()> {
         let mut buffer = Vec::new();
         let worked = (|| {
-            while let Some((at, len, is_zero)) = self.next()? {
-                if is_zero {
-                    self.zero(at, len)?;
-                } else {
-                    self.copy(at, len, &mut buffer)?;
+            while let Some((at, len, kind)) = self.next()? {
+                match kind {
+                    Kind::Data => self.copy(at, len, &mut buffer)?,
+                    Kind::Zero => self.zero(at, len)?,
+                    Kind::Below => {}
                 }
                 self.progress.reached(self.done.fetch_add(len, Ordering::Relaxed) + len);
             }
@@ -183,8 +236,8 @@ impl Copy<'_> {
         worked
     }
 
-    /// The next piece: offset, length, and whether it reads as zeroes. Pieces end at multiples of the piece size.
-    fn next(&self) -> Result<Option<(u64, u64, bool)>> {
+    /// The next piece: offset, length, and what is there. Pieces end at multiples of the piece size.
+    fn next(&self) -> Result<Option<(u64, u64, Kind)>> {
         let mut cursor = self.cursor.lock().unwrap_or_else(PoisonError::into_inner);
         if cursor.failed || cursor.at >= self.len {
             return Ok(None);
@@ -194,27 +247,30 @@ impl Copy<'_> {
             let mut end = at;
             let mut kind = None;
             while end < self.len && end - at < self.piece {
-                let extent =
-                    self.source.status(end, self.len - end).map_err(|e| failed("reading block status", end, &e))?;
-                if *kind.get_or_insert(extent.kind) != extent.kind {
+                let (found, len) = self.source.status(end, self.len - end)?;
+                if *kind.get_or_insert(found) != found {
                     break;
                 }
-                end += extent.len;
+                end += len;
             }
-            cursor.is_zero = kind == Some(ExtentKind::Zero);
-            cursor.run_end = match (self.cluster, cursor.is_zero) {
+            cursor.kind = kind;
+            cursor.run_end = match (self.cluster, kind) {
                 // Compressed clusters are written whole: a cluster that holds data in part is data.
-                (Some(cluster), true) if end < self.len && end / cluster * cluster > at => end / cluster * cluster,
+                (Some(cluster), Some(Kind::Zero | Kind::Below)) if end < self.len && end / cluster * cluster > at => {
+                    end / cluster * cluster
+                }
                 (Some(cluster), _) if end < self.len => {
-                    cursor.is_zero = false;
+                    cursor.kind = Some(Kind::Data);
                     end.next_multiple_of(cluster).min(self.len)
                 }
                 _ => end,
             };
         }
-        let end = if cursor.is_zero { cursor.run_end } else { cursor.run_end.min((at / self.piece + 1) * self.piece) };
+        let kind = cursor.kind.unwrap_or(Kind::Data);
+        let is_data = kind == Kind::Data;
+        let end = if is_data { cursor.run_end.min((at / self.piece + 1) * self.piece) } else { cursor.run_end };
         cursor.at = end;
-        Ok(Some((at, end - at, cursor.is_zero)))
+        Ok(Some((at, end - at, kind)))
     }
 
     fn zero(&self, at: u64, len: u64) -> Result<()> {
@@ -227,7 +283,7 @@ impl Copy<'_> {
 
     fn copy(&self, at: u64, len: u64, buffer: &mut Vec<u8>) -> Result<()> {
         buffer.resize(usize::try_from(len).unwrap_or(0), 0);
-        self.source.read(buffer, at, Wait::Allowed).map_err(|e| failed("reading", at, &e))?;
+        self.source.read(buffer, at)?;
         if let Some(cluster) = self.cluster {
             for (index, piece) in buffer.chunks(usize::try_from(cluster).unwrap_or(1)).enumerate() {
                 let at = at + index as u64 * cluster;

@@ -4,7 +4,10 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use block::{BlockNode, Claim, Facts, Graph, Host, NodeAccess, NodeSpec, Result, Use, User};
+use block::{
+    BlockNode, Claim, Facts, Graph, Host, NodeAccess, NodeSpec, OptionKind, OptionValue, Options, Result, Secret, Use,
+    User,
+};
 
 /// An opened file and what its user calls it.
 pub struct Named {
@@ -24,6 +27,8 @@ pub struct Layer {
     pub data_file: Option<Named>,
     /// Its extents that are files of their own, in order.
     pub extents: Vec<Named>,
+    /// Its passphrase, if it is encrypted.
+    pub secret: Option<Secret>,
 }
 
 /// How an image is used.
@@ -54,6 +59,7 @@ impl Disk {
         for (index, layer) in layers.into_iter().enumerate().rev() {
             let usage = Usage { writable: usage.writable && index == 0, ..usage };
             let format = layer.format.clone();
+            let options = unlocking(&format, layer.secret.as_ref())?;
             let mut children = add_files(&mut graph, layer, usage)?;
             if let Some(below) = &below {
                 children.push(("backing", below.name().to_owned()));
@@ -66,7 +72,7 @@ impl Disk {
                 filename: String::new(),
                 children: children.into_iter().collect(),
                 detached: ["backing"].into(),
-                options: [].into(),
+                options,
             })?);
         }
         let node = below.ok_or_else(|| block::Error::invalid("there is no image"))?;
@@ -163,6 +169,15 @@ fn add_files(graph: &mut Graph, layer: Layer, usage: Usage) -> Result<Vec<(&'sta
         children.push((edge, add_file(graph, extent, usage)?.name().to_owned()));
     }
     Ok(children)
+}
+
+/// The options that let the format's driver read what is encrypted.
+fn unlocking(format: &str, secret: Option<&Secret>) -> Result<Options> {
+    let Some(secret) = secret else { return Ok(Options::new()) };
+    let taken = |kind| matches!(kind, OptionKind::Secret | OptionKind::LuksSecret);
+    let option = block::driver_named(format).and_then(|entry| entry.options.iter().find(|option| taken(option.kind)));
+    let option = option.ok_or_else(|| block::Error::invalid(format!("images of format '{format}' take no secret")))?;
+    Ok([(option.name, OptionValue::Secret(secret.clone()))].into())
 }
 
 fn access(usage: Usage) -> NodeAccess {

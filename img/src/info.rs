@@ -68,6 +68,11 @@ impl About<'_> {
         Some(if is_whole { name.to_owned() } else { format!("{}{name}", self.directory) })
     }
 
+    /// Facts that QEMU has for the format, too.
+    fn specifics(&self) -> &[(&'static str, InfoValue)] {
+        if ["luks", "qcow2", "vmdk"].contains(&self.format) { &self.facts.info.specifics } else { &[] }
+    }
+
     fn json(&self) -> Value {
         let file = json!({
             "children": [],
@@ -94,7 +99,7 @@ impl About<'_> {
         let snapshots: Vec<Value> = self.facts.snapshots.iter().map(snapshot_json).collect();
         put("snapshots", (!snapshots.is_empty()).then(|| snapshots.into()));
         put("encrypted", self.facts.info.encrypted.then_some(Value::Bool(true)));
-        let specifics = &self.facts.info.specifics;
+        let specifics = self.specifics();
         let data = || specifics.iter().map(|(name, fact)| ((*name).to_owned(), value(fact))).collect::<Map<_, _>>();
         put("format-specific", (!specifics.is_empty()).then(|| json!({ "type": self.format, "data": data() })));
         Value::Object(answer)
@@ -127,9 +132,9 @@ impl About<'_> {
             text += &format!("backing file format: {}\n", printable(format));
         }
         text += &snapshot::table(&self.facts.snapshots);
-        if !self.facts.info.specifics.is_empty() {
+        if !self.specifics().is_empty() {
             text += "Format specific information:\n";
-            for (name, fact) in &self.facts.info.specifics {
+            for (name, fact) in self.specifics() {
                 lines(&mut text, 1, &name.replace('-', " "), fact);
             }
         }

@@ -3,8 +3,10 @@
 //! before, gives up every way to open more, and only then looks into them.
 
 pub mod amend;
+pub mod bench;
 pub mod bitmap;
 pub mod check;
+pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod create;
@@ -15,7 +17,10 @@ pub mod map;
 pub mod measure;
 pub mod options;
 mod progress;
+pub mod rebase;
 pub mod resize;
+pub mod secrets;
 pub mod snapshot;
+pub mod source;
 mod stream;
 pub mod tool;

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Numbers and options as qemu-img's command line has them.
 
+use std::collections::BTreeMap;
+
 use block::{OptionKind, OptionSpec, OptionValue, Options};
+
+use crate::secrets::Secrets;
 
 /// A number of bytes: digits, perhaps with a fraction, and a suffix for a power of 1024.
 pub fn size(text: &str) -> Option<u64> {
@@ -26,18 +30,28 @@ pub fn size(text: &str) -> Option<u64> {
     whole.checked_add(u64::try_from((part << shift) / scale).ok()?)
 }
 
-/// `name=value,name=value` by the types of `known`; a comma in a value is written twice.
+/// Options of `-o`, read.
+#[derive(Debug, Default)]
+pub struct Parsed {
+    /// By the types of the format's table.
+    pub options: Options,
+    /// `size`, in bytes.
+    pub size: Option<u64>,
+    /// Ids of the secrets among the options, by the options' names.
+    pub ids: BTreeMap<&'static str, String>,
+}
+
+/// `name=value,name=value` by the types of `known`; a comma in a value is written twice. Secrets are looked up in `secrets`.
 ///
 /// # Errors
 /// QEMU's words for an option that does not exist or a value of another type.
-pub fn parse(texts: &[String], known: &[OptionSpec]) -> Result<(Options, Option<u64>), String> {
-    let mut options = Options::new();
-    let mut bytes = None;
+pub fn parse(texts: &[String], known: &[OptionSpec], secrets: &Secrets) -> Result<Parsed, String> {
+    let mut parsed = Parsed::default();
     for pair in texts.iter().flat_map(|text| split(text)) {
         let (name, value) = pair.split_once('=').unwrap_or((&pair, "on"));
         let not_a_size = || format!("Parameter '{name}' expects a non-negative number below 2^64");
         if name == "size" {
-            bytes = Some(size(value).ok_or_else(not_a_size)?);
+            parsed.size = Some(size(value).ok_or_else(not_a_size)?);
             continue;
         }
         let spec = known.iter().find(|spec| spec.name == name);
@@ -49,11 +63,15 @@ pub fn parse(texts: &[String], known: &[OptionSpec]) -> Result<(Options, Option<
                 _ => return Err(format!("Parameter '{name}' expects 'on' or 'off'")),
             },
             OptionKind::Size => OptionValue::Size(size(value).ok_or_else(not_a_size)?),
+            OptionKind::Secret | OptionKind::LuksSecret => {
+                parsed.ids.insert(spec.name, value.to_owned());
+                OptionValue::Secret(secrets.get(value)?)
+            }
             _ => OptionValue::Str(value.to_owned()),
         };
-        options.insert(spec.name, value);
+        parsed.options.insert(spec.name, value);
     }
-    Ok((options, bytes))
+    Ok(parsed)
 }
 
 /// The options with which an image of format `format` can be made.
@@ -68,49 +86,84 @@ pub fn known(format: &str) -> Result<&'static [OptionSpec], String> {
     })
 }
 
-/// What qemu-img says before it makes an image.
-pub fn create_line(name: &str, format: &str, size: u64, options: &Options) -> String {
+/// What `-o help` answers.
+pub fn help(format: &str, known: &[OptionSpec]) -> String {
+    let mut text = format!("Supported {format} options:\n");
+    for spec in known {
+        let kind = match spec.kind {
+            OptionKind::Bool => "bool (on/off)",
+            OptionKind::Size => "size",
+            _ => "str",
+        };
+        text += &format!("  {}=<{kind}> - {}\n", spec.name, spec.summary);
+    }
+    text + "  size=<size> - bytes of the disk\n"
+}
+
+/// What qemu-img says before it makes an image of `size` bytes.
+pub fn create_line(name: &str, format: &str, size: u64, parsed: &Parsed) -> String {
     let mut line = format!("Formatting '{name}', fmt={format}");
     let mut put = |name: &str, default: Option<&str>| {
-        let value = match options.get(name) {
+        let value = match parsed.options.get(name) {
             Some(OptionValue::Bool(value)) => Some(if *value { "on" } else { "off" }.to_owned()),
             Some(OptionValue::Size(value)) => Some(value.to_string()),
             Some(OptionValue::Str(value)) => Some(value.clone()),
-            _ => default.map(str::to_owned),
+            _ => parsed.ids.get(name).cloned().or_else(|| default.map(str::to_owned)),
         };
         if let Some(value) = value {
             line += &format!(" {name}={value}");
         }
     };
-    if format != "qcow2" {
-        put("size", Some(&size.to_string()));
-        let defaults = [("compat6", "off"), ("hwversion", "undefined"), ("static", "off")];
-        for name in known(format).unwrap_or_default().iter().map(|spec| spec.name) {
-            put(name, defaults.into_iter().find(|(known, _)| *known == name).map(|(_, value)| value));
-        }
-        return line + "\n";
-    }
     let size = size.to_string();
-    for (name, default) in [
-        ("cluster_size", Some("65536")),
-        ("extended_l2", Some("off")),
-        ("preallocation", None),
-        ("compression_type", Some("zlib")),
-        ("size", Some(&size)),
-        ("compat", None),
-        ("data_file", None),
-        ("backing_file", None),
-        ("backing_fmt", None),
-        ("data_file_raw", None),
-        ("lazy_refcounts", Some("off")),
-        ("refcount_bits", Some("16")),
-    ] {
-        put(name, default.map(|default: &str| default));
+    // In QEMU's order, with its defaults; what is not in the list comes behind.
+    let order: &[(&str, Option<&str>)] = match format {
+        "qcow2" => &[
+            ("encrypt.format", None),
+            ("encrypt.key-secret", None),
+            ("encrypt.cipher-alg", None),
+            ("encrypt.cipher-mode", None),
+            ("encrypt.ivgen-alg", None),
+            ("encrypt.ivgen-hash-alg", None),
+            ("encrypt.hash-alg", None),
+            ("encrypt.iter-time", None),
+            ("cluster_size", Some("65536")),
+            ("extended_l2", Some("off")),
+            ("preallocation", None),
+            ("compression_type", Some("zlib")),
+            ("size", Some(&size)),
+            ("compat", None),
+            ("data_file", None),
+            ("backing_file", None),
+            ("backing_fmt", None),
+            ("data_file_raw", None),
+            ("lazy_refcounts", Some("off")),
+            ("refcount_bits", Some("16")),
+        ],
+        "luks" => &[
+            ("size", Some(&size)),
+            ("key-secret", None),
+            ("cipher-alg", None),
+            ("cipher-mode", None),
+            ("ivgen-alg", None),
+            ("ivgen-hash-alg", None),
+            ("hash-alg", None),
+            ("iter-time", None),
+        ],
+        _ => &[("size", Some(&size))],
+    };
+    for (name, default) in order {
+        put(name, *default);
+    }
+    let defaults = [("compat6", "off"), ("hwversion", "undefined"), ("static", "off")];
+    let rest = known(format).unwrap_or_default().iter().map(|spec| spec.name);
+    for name in rest.filter(|name| !order.iter().any(|(listed, _)| listed == name)) {
+        put(name, defaults.into_iter().find(|(known, _)| *known == name).map(|(_, value)| value));
     }
     line + "\n"
 }
 
-fn split(text: &str) -> Vec<String> {
+/// Splits at commas; one that is written twice is part of its piece. Empty pieces are left out.
+pub fn split(text: &str) -> Vec<String> {
     let mut pieces = vec![String::new()];
     let mut characters = text.chars().peekable();
     while let Some(character) = characters.next() {

@@ -4,10 +4,11 @@
 
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use block::{BlockNode, ExtentKind, Stream, Wait};
+use block::Stream;
 
-use crate::convert::{failed, is_zero};
+use crate::convert::is_zero;
 use crate::progress::Progress;
+use crate::source::{Kind, Source, failed};
 use crate::tool::{Error, Result};
 
 /// Grains that a thread takes at a time.
@@ -17,7 +18,7 @@ const GRAINS: u64 = 16;
 ///
 /// # Errors
 /// The source cannot be read, or the file not written.
-pub fn fill(source: &BlockNode, stream: Stream, threads: usize, progress: &Progress) -> Result<()> {
+pub fn fill(source: &Source, stream: Stream, threads: usize, progress: &Progress) -> Result<()> {
     let copy = Copy {
         source,
         len: source.len(),
@@ -41,7 +42,7 @@ pub fn fill(source: &BlockNode, stream: Stream, threads: usize, progress: &Progr
 }
 
 struct Copy<'a> {
-    source: &'a BlockNode,
+    source: &'a Source,
     len: u64,
     /// Where the next piece begins.
     next: Mutex<u64>,
@@ -90,12 +91,11 @@ impl Copy<'_> {
         let mut grain = Vec::new();
         for start in (at..at + len).step_by(usize::try_from(Stream::GRAIN).unwrap_or(usize::MAX)) {
             let len = Stream::GRAIN.min(at + len - start);
-            let status = self.source.status(start, len).map_err(|e| failed("reading block status", start, &e))?;
-            if status.kind == ExtentKind::Zero && status.len == len {
+            if self.source.status(start, len)? == (Kind::Zero, len) {
                 continue;
             }
             grain.resize(usize::try_from(len).unwrap_or(0), 0);
-            self.source.read(&mut grain, start, Wait::Allowed).map_err(|e| failed("reading", start, &e))?;
+            self.source.read(&mut grain, start)?;
             if !is_zero(&grain) {
                 packed.push((start, Stream::pack(&grain).map_err(|e| failed("compressing", start, &e))?));
             }

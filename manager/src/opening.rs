@@ -40,16 +40,27 @@ impl Opened {
     /// # Errors
     /// The file system has no such thing.
     pub fn bypass_cache(&self) -> Result<()> {
-        let flags = rustix::fs::fcntl_getfl(&self.file);
-        flags.and_then(|flags| rustix::fs::fcntl_setfl(&self.file, flags | OFlags::DIRECT)).map_err(|errno| {
-            Error::Open { path: self.path.clone(), purpose: " past the host's cache (O_DIRECT)", source: errno.into() }
-        })
+        bypass_cache(&self.file, &self.path)
     }
 
     /// Whether they do.
     pub fn bypasses_cache(&self) -> bool {
         rustix::fs::fcntl_getfl(&self.file).is_ok_and(|flags| flags.contains(OFlags::DIRECT))
     }
+}
+
+/// As [`Opened::bypass_cache`], for a file at `path` that was just made.
+///
+/// # Errors
+/// The file system has no such thing.
+pub fn bypass_cache(file: &File, path: &Path) -> Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file);
+    let set = flags.and_then(|flags| rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT));
+    set.map_err(|errno| Error::Open {
+        path: path.to_owned(),
+        purpose: " past the host's cache (O_DIRECT)",
+        source: errno.into(),
+    })
 }
 
 /// Opens the file that the user named. Links are followed: it is the user's own word.

@@ -44,9 +44,14 @@ pub struct Resize {
 }
 
 pub fn amend(verb: Amend) -> anyhow::Result<u8> {
-    let image = named(open_named(&verb.image, Rights::ReadWrite)?, Some(verb.image.display().to_string()));
-    let best_effort = verb.common.best_effort();
-    Ok(::img::amend::run(::img::amend::Request { image, format: verb.format, options: verb.options, best_effort })?)
+    let asked = verb.common.asked(&verb.image, verb.format.as_deref())?;
+    Ok(::img::amend::run(::img::amend::Request {
+        image: named(open_named(&asked.path, Rights::ReadWrite)?, Some(asked.path.display().to_string())),
+        format: asked.format,
+        options: verb.options,
+        secrets: verb.common.secrets()?,
+        best_effort: verb.common.best_effort(),
+    })?)
 }
 
 pub fn resize(verb: Resize) -> anyhow::Result<u8> {

@@ -56,7 +56,7 @@ pub struct Info {
     #[arg(short, long)]
     format: Option<String>,
     /// Tell of the backing files, too.
-    #[arg(long)]
+    #[arg(short, long)]
     backing_chain: bool,
     image: PathBuf,
 }
@@ -101,11 +101,12 @@ pub struct Measure {
 }
 
 pub fn check(verb: Check) -> anyhow::Result<u8> {
+    let asked = verb.common.asked(&verb.image, verb.format.as_deref())?;
     let repair = ::img::check::repair(verb.repair.as_deref());
     let rights = if verb.repair.is_some() { Rights::ReadWrite } else { Rights::ReadOnly };
     Ok(::img::check::run(::img::check::Request {
-        image: named(open_named(&verb.image, rights)?, Some(verb.image.display().to_string())),
-        format: verb.format,
+        image: named(open_named(&asked.path, rights)?, Some(asked.path.display().to_string())),
+        format: asked.format,
         repair,
         json: verb.output.is_json(),
         quiet: verb.common.quiet,
@@ -129,7 +130,7 @@ pub fn compare(verb: Compare) -> anyhow::Result<u8> {
 
 pub fn info(verb: Info) -> anyhow::Result<u8> {
     let common = &verb.common;
-    let name = verb.image.display().to_string();
+    let name = common.asked(&verb.image, verb.format.as_deref())?.path.display().to_string();
     let (layers, directories) = if verb.backing_chain {
         let layers = common.layers(&verb.image, verb.format.as_deref(), Rights::ReadOnly)?;
         let directories = layers.iter().map(|layer| directory(&layer.image.name).to_owned()).collect();
@@ -162,8 +163,8 @@ pub fn map(verb: Map) -> anyhow::Result<u8> {
 
 pub fn measure(verb: Measure) -> anyhow::Result<u8> {
     let common = &verb.common;
-    let (options, _) =
-        parse(&verb.options, known(&verb.output_format).map_err(anyhow::Error::msg)?).map_err(anyhow::Error::msg)?;
+    let known = known(&verb.output_format).map_err(anyhow::Error::msg)?;
+    let options = parse(&verb.options, known, &common.secrets()?).map_err(anyhow::Error::msg)?.options;
     let source = match (verb.size, &verb.image) {
         (Some(size), None) => Source::Size(size),
         (None, Some(image)) => Source::Chain(common.layers(image, verb.format.as_deref(), Rights::ReadOnly)?),

@@ -2,19 +2,23 @@
 //! `doorless img`, and the same under the name `qemu-img`: image verbs with that program's options.
 //!
 //! This process opens what its arguments name, and what the images name as far as the policy of [`manager::chain`] goes; then it
-//! confines itself, and only then looks into an image. What is not built yet is refused by name.
+//! confines itself, and only then looks into an image.
 
+mod asked;
+mod chains;
 mod changing;
+mod copying;
 mod images;
 mod keeping;
 mod looking;
 mod making;
+mod measuring;
+mod new_image;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use anyhow::bail;
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// Image verbs with qemu-img's options: every image is looked into by a process that can open nothing any more.
 #[derive(Parser)]
@@ -35,7 +39,7 @@ enum Verb {
     /// Tell whether two images show a guest the same.
     Compare(looking::Compare),
     /// Copy an image, with what it is built from, into a new one.
-    Convert(making::Convert),
+    Convert(copying::Convert),
     /// Make an image.
     Create(making::Create),
     /// Tell what an image says about itself.
@@ -46,22 +50,16 @@ enum Verb {
     Measure(looking::Measure),
     /// Change the size of an image's disk.
     Resize(changing::Resize),
-    #[command(hide = true)]
-    Bench(Rest),
-    #[command(hide = true)]
-    Commit(Rest),
-    #[command(hide = true)]
-    Dd(Rest),
-    #[command(hide = true)]
-    Rebase(Rest),
+    /// Measure how fast an image is.
+    Bench(measuring::Bench),
+    /// Bring what an image has down into its backing file.
+    Commit(chains::Commit),
+    /// Copy an image, or a part of it, with the operands of dd.
+    Dd(copying::Dd),
+    /// Put an image over another backing file.
+    Rebase(chains::Rebase),
     /// Keep states of an image's disk, go back to them, let them go.
     Snapshot(keeping::Snapshot),
-}
-
-#[derive(Args)]
-struct Rest {
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    _arguments: Vec<OsString>,
 }
 
 /// Runs `arguments` under the name `name`; the exit status is qemu-img's.
@@ -76,7 +74,6 @@ pub fn run(name: &'static str, arguments: Vec<OsString>) -> anyhow::Result<ExitC
             return Ok(if help { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
     };
-    let refused = |verb: &str| bail!("the verb '{verb}' is not supported by this version");
     let status = match options.verb {
         Verb::Amend(verb) => changing::amend(verb)?,
         Verb::Bitmap(verb) => keeping::bitmap(verb)?,
@@ -89,16 +86,16 @@ pub fn run(name: &'static str, arguments: Vec<OsString>) -> anyhow::Result<ExitC
                 2
             }
         },
-        Verb::Convert(verb) => making::convert(verb)?,
+        Verb::Convert(verb) => copying::convert(verb)?,
         Verb::Create(verb) => making::create(verb)?,
         Verb::Info(verb) => looking::info(verb)?,
         Verb::Map(verb) => looking::map(verb)?,
         Verb::Measure(verb) => looking::measure(verb)?,
         Verb::Resize(verb) => changing::resize(verb)?,
-        Verb::Bench(_) => return refused("bench"),
-        Verb::Commit(_) => return refused("commit"),
-        Verb::Dd(_) => return refused("dd"),
-        Verb::Rebase(_) => return refused("rebase"),
+        Verb::Bench(verb) => measuring::bench(verb)?,
+        Verb::Commit(verb) => chains::commit(verb)?,
+        Verb::Dd(verb) => copying::dd(verb)?,
+        Verb::Rebase(verb) => chains::rebase(verb)?,
         Verb::Snapshot(verb) => keeping::snapshot(verb)?,
     };
     Ok(ExitCode::from(status))

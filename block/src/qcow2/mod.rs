@@ -287,6 +287,10 @@ impl Driver for Qcow2 {
         self.change_size(len, preallocation)
     }
 
+    fn empty(&self) -> Result<()> {
+        self.let_everything_go()
+    }
+
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         Some(self)
     }

@@ -86,24 +86,47 @@ impl Snapshots for Qcow2 {
         self.go_back(&l1, found.snapshot.disk_size).map_err(failed)
     }
 
+    fn show(&self, id: Option<&str>, name: Option<&str>) -> Result<()> {
+        let entries = self.read_table()?;
+        let found = &entries[position(&entries, id, name)?];
+        let _closed = self.gate.close();
+        let before = self.active_l1();
+        let l1 = self.l1_to_go_back_to(found).map_err(|e| Error::io("read the snapshot's tables", e))?;
+        let mut meta = self.meta();
+        if meta.refcounts.is_some() {
+            return Err(Error::invalid(format!("Block node is writable: '{}'", self.node_name)));
+        }
+        for index in 0..before.len().max(l1.len()) {
+            self.l1.set(index, L1Entry(l1.get(index).copied().unwrap_or(0)));
+        }
+        meta.l1_room = l1.len() as u64;
+        self.size.store(found.snapshot.disk_size, Ordering::Relaxed);
+        self.slices.clear();
+        Ok(())
+    }
+
     fn delete(&self, id: Option<&str>, name: Option<&str>) -> Result<Snapshot> {
         self.check_can_change()?;
         let mut entries = self.read_table()?;
-        let fits = |snapshot: &Snapshot| {
-            id.is_none_or(|id| snapshot.id == id) && name.is_none_or(|name| snapshot.name == name)
-        };
-        let at = entries.iter().position(|entry| fits(&entry.snapshot)).ok_or_else(|| {
-            let words = [id.map(|id| format!("id '{id}'")), name.map(|name| format!("name '{name}'"))];
-            Error::invalid(format!(
-                "Snapshot with {} not found",
-                words.into_iter().flatten().collect::<Vec<_>>().join(" and ")
-            ))
-        })?;
+        let at = position(&entries, id, name)?;
         let gone = entries.remove(at);
         let _closed = self.gate.close();
         self.let_go(&entries, &gone).map_err(|e| Error::io("delete the snapshot", e))?;
         Ok(gone.snapshot)
     }
+}
+
+/// Where the snapshot stands that has this id and this name, as far as they are given.
+fn position(entries: &[Entry], id: Option<&str>, name: Option<&str>) -> Result<usize> {
+    let fits =
+        |snapshot: &Snapshot| id.is_none_or(|id| snapshot.id == id) && name.is_none_or(|name| snapshot.name == name);
+    entries.iter().position(|entry| fits(&entry.snapshot)).ok_or_else(|| {
+        let words = [id.map(|id| format!("id '{id}'")), name.map(|name| format!("name '{name}'"))];
+        Error::invalid(format!(
+            "Snapshot with {} not found",
+            words.into_iter().flatten().collect::<Vec<_>>().join(" and ")
+        ))
+    })
 }
 
 impl Qcow2 {
@@ -148,6 +171,21 @@ impl Qcow2 {
             self.set_dirty(false)
         })();
         kept.map_err(failed)
+    }
+
+    /// Makes every cluster of the guest's one that only the backing file has.
+    ///
+    /// # Errors
+    /// The image is read-only or has an external data file; `Io`.
+    pub fn let_everything_go(&self) -> Result<()> {
+        self.check_can_change()?;
+        let _closed = self.gate.close();
+        let failed = |e| Error::io("empty the image", e);
+        self.write_back().map_err(failed)?;
+        let entries = self.size().div_ceil(self.rules.l2_entries() << self.rules.cluster_bits);
+        let l1 = vec![0; usize::try_from(entries).unwrap_or(usize::MAX)];
+        self.set_dirty(true).map_err(failed)?;
+        self.go_back(&l1, self.size()).map_err(failed)
     }
 
     /// A snapshot's L1 table, long enough for the disk that it was.
