@@ -54,6 +54,8 @@ enum Verb {
     Detach(service::Detach),
     /// Have the service change a disk's size.
     Resize(service::Resize),
+    /// Have the service replace a daemon by one of the program as it lies on disk now, without hanging up on NBD clients.
+    Upgrade(service::OfDaemon),
     /// Have the service read its policy once more.
     Reload(service::Reload),
     /// Say what a manager's policy would allow.
@@ -164,6 +166,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Attach(options) => service::attach(&options)?,
         Verb::Detach(options) => service::detach(&options)?,
         Verb::Resize(options) => service::resize(&options)?,
+        Verb::Upgrade(options) => service::upgrade(&options)?,
         Verb::Reload(options) => service::reload(&options)?,
         Verb::Policy(options) => return policy::run(&options),
         Verb::Demo(options) => return demo::run(&options),

@@ -182,6 +182,7 @@ impl Options {
             background: ready.is_some(),
         };
         let program = Program { executable: Program::THIS.into(), confinement: vec!["--confine=require".into()] };
+        let successor = program.successor();
         let listen = Some(listen);
         let restarts = Restarts::default();
         let request =
@@ -195,7 +196,7 @@ impl Options {
         if let Some(ready) = ready {
             ready.tell().context("could not go into the background")?;
         }
-        let end = served.keep(&waiting, crate::serve::tell)?;
+        let end = served.keep(&waiting, &successor, crate::serve::tell)?;
         let stopped = served.stop();
         drop(pid_file);
         stopped?;

@@ -123,11 +123,12 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         export: ExportOptions { name: options.name.clone(), tls, discard: true, ..ExportOptions::default() },
         restarts: Restarts { per_minute: options.restarts },
     };
+    let successor = options.confinement.program().successor();
     let mut served = serve(&options.confinement.program(), request)?;
     // Whoever started this may have closed the pipe already; the disk is served all the same.
     let uri = socket.map(|socket| uri(&socket, &options.name).replacen("nbd", scheme, 1));
     let _ = announce(&served, uri.as_deref(), vhost_user.as_deref());
-    match served.keep(&waiting, tell)? {
+    match served.keep(&waiting, &successor, tell)? {
         End::Signal => served.stop()?,
         End::Daemon => bail!("the daemon has ended; its own message says why"),
         End::GivenUp => bail!("the daemon has died too often (--restarts {})", options.restarts),
@@ -142,6 +143,10 @@ pub fn tell(happening: Happening<'_>) {
         Happening::Revived { pid, after } => {
             eprintln!("doorless: process {pid} serves in its place, after {:.1} ms", after.as_secs_f64() * 1000.0);
         }
+        Happening::Upgraded { pid, pause } => {
+            eprintln!("doorless: process {pid} has taken over, in {:.1} ms", pause.as_secs_f64() * 1000.0);
+        }
+        Happening::NotUpgraded(error) => eprintln!("doorless: no daemon could take over: {}", error.chain()),
         Happening::Failed(error) => eprintln!("doorless: no daemon could take its place: {}", error.chain()),
     }
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `doorless manager` and the verbs that are its clients: `start`, `stop`, `ps`, `attach`, `detach`, `resize`, `reload`.
+//! `doorless manager` and the verbs that are its clients: `start`, `stop`, `ps`, `attach`, `detach`, `resize`, `upgrade`,
+//! `reload`.
 
 use std::path::{Path, PathBuf};
 
@@ -56,7 +57,7 @@ impl Where {
     }
 }
 
-/// Options of `start` and `stop`.
+/// Options of `start`, `stop` and `upgrade`.
 #[derive(Args)]
 pub struct OfDaemon {
     /// The daemon.
@@ -136,6 +137,14 @@ pub fn start(options: &OfDaemon) -> anyhow::Result<()> {
 /// Ends a daemon.
 pub fn stop(options: &OfDaemon) -> anyhow::Result<()> {
     options.place.ask(&Request::Stop { name: options.name.clone() }).map(drop)
+}
+
+/// Upgrades a daemon, and says how long that took.
+pub fn upgrade(options: &OfDaemon) -> anyhow::Result<()> {
+    if let Answer::Upgraded { pause } = options.place.ask(&Request::Upgrade { name: options.name.clone() })? {
+        println!("{pause:.1} ms");
+    }
+    Ok(())
 }
 
 /// Attaches a disk, and says where it is.

@@ -271,6 +271,11 @@ fn daemons_serve_on_without_a_manager_and_the_next_one_keeps_them() {
         assert!(manager.word().contains("serves in its place"));
         (0..50).for_each(|_| client.work());
         assert_eq!(client.pauses.len(), round + 1);
+        // And it can be upgraded, whoever started it.
+        let Answer::Upgraded { pause } = manager.ask(&Request::Upgrade { name: "vm".into() }) else { panic!() };
+        assert!(pause > 0.0);
+        (0..50).for_each(|_| client.work());
+        assert_eq!(client.pauses.len(), round + 1, "an upgrade is no pause");
         let has = || open_fds(manager.process.id()).len();
         let had = *had.get_or_insert_with(|| {
             std::thread::sleep(Duration::from_millis(200));

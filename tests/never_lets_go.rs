@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A daemon that is killed is replaced: clients wait and go on, nothing that was flushed is lost, no descriptor is left over.
-//! `DOORLESS_KILLS` says how often (default 10).
+//! One that is upgraded hands its connections over. `DOORLESS_KILLS` and `DOORLESS_UPGRADES` say how often (default 10).
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod front_end;
@@ -14,7 +14,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use front_end::{FrontEnd, Memory, Options};
 use harness::{DOORLESS, Scratch, doorless, judges, noise, open_fds, run, text};
@@ -36,7 +36,11 @@ struct Kept {
 
 impl Kept {
     fn start(arguments: &[&str]) -> Kept {
-        let mut command = Command::new(DOORLESS);
+        Kept::start_program(DOORLESS, arguments)
+    }
+
+    fn start_program(program: &str, arguments: &[&str]) -> Kept {
+        let mut command = Command::new(program);
         command.arg("serve").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut manager = command.spawn().unwrap();
         let mut daemon = 0;
@@ -67,6 +71,19 @@ impl Kept {
         let milliseconds: f64 = rest.strip_suffix(" ms").unwrap().parse().unwrap();
         self.daemon = pid.parse().unwrap();
         self.restarts.push(Duration::from_secs_f64(milliseconds / 1000.0));
+    }
+
+    /// Has another daemon take over; for how long nobody was served.
+    fn upgrade(&mut self) -> Duration {
+        kill_process(Pid::from_child(&self.manager), Signal::USR1).unwrap();
+        let word = self.word();
+        let rest = word.strip_prefix("doorless: process ").unwrap_or_else(|| panic!("{word}"));
+        let (pid, rest) = rest.split_once(" has taken over, in ").unwrap_or_else(|| panic!("{word}"));
+        let pid = pid.parse().unwrap();
+        assert_ne!(self.daemon, pid);
+        self.daemon = pid;
+        let milliseconds: f64 = rest.strip_suffix(" ms").unwrap().parse().unwrap();
+        Duration::from_secs_f64(milliseconds / 1000.0)
     }
 
     fn word(&mut self) -> String {
@@ -174,6 +191,151 @@ fn clients_of_a_qcow2_disk_go_on_over_killed_daemons_and_find_all_that_they_flus
     // Leaks are what a killed daemon may leave: 3; anything else would be damage.
     let check = Command::new("qemu-img").args(["check", "-q", &image]).output().unwrap().status;
     assert!(matches!(check.code(), Some(0 | 3)), "{check}");
+}
+
+fn upgrades() -> usize {
+    std::env::var("DOORLESS_UPGRADES").ok().map_or(10, |upgrades| upgrades.parse().unwrap())
+}
+
+/// Upgrades while clients work, none of which notices more than a pause.
+fn upgrade_under_load(format: &str, image: &str, blocks: usize) {
+    let scratch = Scratch::new();
+    let (socket, monitor) = (scratch.path("nbd"), scratch.name("monitor"));
+    let options = ["--format", format, image, "--socket", text(&socket), "--monitor", &monitor];
+    let mut kept = Kept::start(&options);
+    let mut pauses = vec![kept.upgrade()];
+    let (manager_had, daemon_had) = (kept.at_rest(), kinds(kept.daemon));
+    let over = AtomicBool::new(false);
+    let mut client = Client::new(&socket, "", blocks, 2);
+    std::thread::scope(|scope| {
+        let working = scope.spawn(|| {
+            let mut longest = Duration::ZERO;
+            while !over.load(Ordering::Relaxed) {
+                let begun = Instant::now();
+                client.work();
+                longest = longest.max(begun.elapsed());
+            }
+            longest
+        });
+        for round in 0..upgrades() {
+            std::thread::sleep(Duration::from_millis(round as u64 * 13 % 40));
+            pauses.push(kept.upgrade());
+        }
+        over.store(true, Ordering::Relaxed);
+        eprintln!("{format}: the longest batch took {:.1?}", working.join().unwrap());
+    });
+    eprintln!("{}", histogram(&format!("{format}: pauses of upgrades"), &pauses));
+    assert!(client.answered > 0 && client.flushes > 0);
+    assert_eq!(client.pauses, [], "the connection lives on");
+    client.work();
+    if format == "raw" {
+        client.check_all(&fs::read(image).unwrap());
+    }
+    drop(client);
+    let (status, said, _) = doorless(&["fdsets", "--audit", "--monitor", &monitor]);
+    assert!(status.success(), "{said}");
+    while kinds(kept.daemon).len() > daemon_had.len() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(kinds(kept.daemon), daemon_had);
+    assert_eq!(kept.at_rest(), manager_had);
+    assert!(kept.interrupt().success());
+}
+
+#[test]
+fn connections_to_a_raw_disk_live_on_over_upgrades() {
+    let scratch = Scratch::new();
+    fs::write(scratch.path("disk"), vec![0; 512 * BLOCK]).unwrap();
+    upgrade_under_load("raw", &scratch.name("disk"), 512);
+}
+
+#[test]
+fn connections_to_a_qcow2_disk_live_on_over_upgrades_and_the_image_is_clean() {
+    let test = "connections_to_a_qcow2_disk_live_on_over_upgrades_and_the_image_is_clean";
+    if !judges(test, &["qemu-img"]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = scratch.name("disk.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", &image, "8M"]);
+    upgrade_under_load("qcow2", &image, 2048);
+    run("qemu-img", &["check", "-q", &image]);
+}
+
+#[test]
+fn nbdcopy_notices_no_upgrade() {
+    if !judges("nbdcopy_notices_no_upgrade", &["nbdcopy"]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (image, copy, socket) = (scratch.name("image"), scratch.name("copy"), scratch.name("nbd"));
+    fs::write(&image, noise(64 << 20, 12)).unwrap();
+    let mut kept = Kept::start(&["--format", "raw", &image, "--socket", &socket]);
+    let uri = manager::serve::uri(std::path::Path::new(&socket), "");
+    let mut copying = 0;
+    // Copies until one was under way at an upgrade: which of the two is quicker decides nothing else.
+    while copying == 0 {
+        let mut child =
+            Command::new("nbdcopy").args(["--requests=4", "--request-size=65536", &uri, &copy]).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        kept.upgrade();
+        copying += usize::from(child.try_wait().unwrap().is_none());
+        assert!(child.wait().unwrap().success());
+        assert!(fs::read(&copy).unwrap() == fs::read(&image).unwrap());
+    }
+}
+
+#[test]
+fn a_mounted_file_and_a_guest_s_disk_live_on_over_an_upgrade() {
+    let scratch = Scratch::new();
+    let (image, disk, socket) = (scratch.name("image"), scratch.name("disk"), scratch.path("vhost"));
+    fs::write(&image, vec![0; 256 * BLOCK]).unwrap();
+    fs::write(&disk, "").unwrap();
+    let mounts = mounted::can_mount("a_mounted_file_and_a_guest_s_disk_live_on_over_an_upgrade");
+    let mut arguments = vec!["--format", "raw", &image, "--vhost-user", text(&socket)];
+    if mounts {
+        arguments.extend(["--fuse", &disk]);
+    }
+    let mut kept = Kept::start(&arguments);
+    let file = mounts.then(|| File::options().read(true).write(true).open(&disk).unwrap());
+    let memory = Memory::new(1);
+    let mut front = FrontEnd::start(&socket, &memory, Options::default());
+    for round in 1..4_u8 {
+        assert_eq!(front.write(0, &[round; BLOCK]), 0);
+        kept.upgrade();
+        assert!(front.was_hung_up_on());
+        front = front.resume(&socket);
+        assert_eq!(front.read(0, BLOCK as u64), vec![round; BLOCK]);
+        if let Some(file) = &file {
+            let mut read = [0; BLOCK];
+            file.read_exact_at(&mut read, 0).unwrap();
+            assert_eq!(read, [round; BLOCK]);
+        }
+    }
+}
+
+#[test]
+fn an_upgrade_to_what_is_no_daemon_changes_nothing() {
+    let scratch = Scratch::new();
+    let (program, image, socket) = (scratch.name("doorless"), scratch.name("image"), scratch.path("nbd"));
+    fs::copy(DOORLESS, &program).unwrap();
+    fs::write(&image, vec![0; 64 * BLOCK]).unwrap();
+    let mut kept = Kept::start_program(&program, &["--format", "raw", &image, "--socket", text(&socket)]);
+    let mut client = Client::new(&socket, "", 64, 3);
+    client.work();
+    // The file is replaced, as a package does it.
+    fs::write(scratch.path("new"), "#!/bin/false\n").unwrap();
+    fs::set_permissions(scratch.path("new"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    fs::rename(scratch.path("new"), &program).unwrap();
+    kill_process(Pid::from_child(&kept.manager), Signal::USR1).unwrap();
+    assert!(kept.word().starts_with("doorless: no daemon could take over: "));
+    client.work();
+    assert_eq!(client.pauses, []);
+    fs::copy(DOORLESS, scratch.path("new")).unwrap();
+    fs::rename(scratch.path("new"), &program).unwrap();
+    kept.upgrade();
+    client.work();
+    assert_eq!(client.pauses, []);
 }
 
 #[test]

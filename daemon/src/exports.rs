@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::{Claim, Root};
 use export::nbd::tls::Tls;
-use export::nbd::{Admission, Limits, Server, Settings};
+use export::nbd::{Admission, Limits, Moved, Server, Settings};
 use export::{Running, Workers};
 use qmp::Error;
 
@@ -110,6 +111,28 @@ impl Exports {
             entry.shutting_down = true;
         }
         Ok(())
+    }
+
+    /// Stops the NBD server as [`stop_nbd`](Exports::stop_nbd) does, but gives its clients away; see [`Server::move_clients`].
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn move_nbd(&mut self, patience: Duration) -> Result<Vec<Moved>, Error> {
+        let server = self.nbd.take().ok_or_else(|| Error::generic("NBD server not running"))?;
+        let moved = server.move_clients(patience);
+        for entry in self.entries.values_mut().filter(|entry| entry.nbd_name.is_some()) {
+            entry.shutting_down = true;
+        }
+        Ok(moved)
+    }
+
+    /// Goes on with another daemon's client; the inner error says why that cannot be.
+    ///
+    /// # Errors
+    /// There is no NBD server.
+    pub fn take_nbd_client(&self, client: Moved) -> Result<Result<(), String>, Error> {
+        let server = self.nbd.as_ref().ok_or_else(|| Error::generic("NBD server not running"))?;
+        Ok(server.take_client(client))
     }
 
     /// Whether an export has that id.

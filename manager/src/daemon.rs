@@ -13,7 +13,7 @@ use qmp::{Client, ClientError};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::inspector::Program;
 use crate::{Error, Result};
@@ -161,9 +161,16 @@ impl Daemon {
             .map_err(|source| Error::Daemon { command: command.to_owned(), source })
     }
 
-    /// Forgets the events that came and were not waited for.
-    pub fn forget_events(&mut self) {
+    /// Closes an export on its clients, and returns when its node is free.
+    ///
+    /// # Errors
+    /// The daemon refuses, or has gone.
+    pub fn end_export(&mut self, id: &Value) -> Result<()> {
         drop(self.client.take_events());
+        self.execute("block-export-del", json!({ "id": id, "mode": "hard" }), &[])?;
+        let gone = |(event, data): &(String, Value)| event == "BLOCK_EXPORT_DELETED" && data.get("id") == Some(id);
+        while !gone(&self.next_event()?) {}
+        Ok(())
     }
 
     /// Waits for the next event: its name and what it tells.

@@ -58,6 +58,12 @@ impl Program {
     /// The running program: the same binary even if its file was replaced meanwhile.
     pub const THIS: &str = "/proc/self/exe";
 
+    /// The program whose file lies where the running one's lies when this is called: later, what has replaced it.
+    pub fn successor(&self) -> Program {
+        let this = || std::env::current_exe().ok().filter(|_| self.executable == Path::new(Program::THIS));
+        Program { executable: this().unwrap_or_else(|| self.executable.clone()), ..self.clone() }
+    }
+
     /// The program, started with a verb.
     pub(crate) fn verb(&self, verb: &str) -> Command {
         let mut command = Command::new(&self.executable);

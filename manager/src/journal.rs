@@ -125,6 +125,11 @@ impl Step {
         arguments
     }
 
+    /// Whether it can be done before what another daemon has is free.
+    fn is_early(&self) -> bool {
+        self.command == "add-fd"
+    }
+
     /// The command that takes it back, if it takes one.
     fn undone(&self) -> Option<(&'static str, Value)> {
         let named = |key: &str| self.arguments.get(key).cloned().unwrap_or_default();
@@ -167,6 +172,11 @@ impl Journal {
         self.steps.iter().rev().filter(|step| step.part == part).filter_map(Step::undone).collect()
     }
 
+    /// The commands that take everything back, in order.
+    pub fn all_undoing(&self) -> Vec<(&'static str, Value)> {
+        self.steps.iter().rev().filter_map(Step::undone).collect()
+    }
+
     /// Goes on from what was written down.
     pub(crate) fn resume(steps: Vec<Step>, next_set: i64) -> Journal {
         Journal { steps, next_set }
@@ -194,13 +204,42 @@ impl Journal {
     ///
     /// # Errors
     /// The first that it returns.
-    pub fn replay(&self, mut execute: impl FnMut(&str, Value, &[BorrowedFd<'_>]) -> Result<Value>) -> Result<()> {
-        for step in &self.steps {
-            let fds: Vec<BorrowedFd<'_>> = step.carried.iter().map(|carried| carried.as_fd()).collect();
-            execute(&step.command, step.repeated(), &fds)?;
-        }
-        Ok(())
+    pub fn replay(&self, execute: impl FnMut(&str, Value, &[BorrowedFd<'_>]) -> Result<Value>) -> Result<()> {
+        replay(self.steps.iter(), execute)
     }
+
+    /// The same for those steps alone that bring descriptors into sets, which disturb nobody who still uses them.
+    ///
+    /// # Errors
+    /// The first that `execute` returns.
+    pub(crate) fn replay_early(
+        &self,
+        execute: impl FnMut(&str, Value, &[BorrowedFd<'_>]) -> Result<Value>,
+    ) -> Result<()> {
+        replay(self.steps.iter().filter(|step| step.is_early()), execute)
+    }
+
+    /// The same for all others.
+    ///
+    /// # Errors
+    /// The first that `execute` returns.
+    pub(crate) fn replay_late(
+        &self,
+        execute: impl FnMut(&str, Value, &[BorrowedFd<'_>]) -> Result<Value>,
+    ) -> Result<()> {
+        replay(self.steps.iter().filter(|step| !step.is_early()), execute)
+    }
+}
+
+fn replay<'a>(
+    steps: impl Iterator<Item = &'a Step>,
+    mut execute: impl FnMut(&str, Value, &[BorrowedFd<'_>]) -> Result<Value>,
+) -> Result<()> {
+    for step in steps {
+        let fds: Vec<BorrowedFd<'_>> = step.carried.iter().map(|carried| carried.as_fd()).collect();
+        execute(&step.command, step.repeated(), &fds)?;
+    }
+    Ok(())
 }
 
 impl fmt::Debug for Journal {

@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::daemon::{Daemon, Launch};
 use crate::inspector::Program;
 use crate::journal::{Carried, Journal, Step};
-use crate::{Error, Result};
+use crate::{Error, Result, upgrade};
 
 /// Deaths that are longer ago are forgotten.
 const WINDOW: Duration = Duration::from_secs(60);
@@ -172,15 +172,9 @@ impl Kept {
         self.journal.forget(part);
         for (command, arguments) in undoing {
             let daemon = self.daemon()?;
-            daemon.forget_events();
-            let id = arguments.get("id").cloned();
-            daemon.execute(command, arguments, &[])?;
-            let gone =
-                |(event, data): &(String, Value)| event == "BLOCK_EXPORT_DELETED" && data.get("id") == id.as_ref();
-            // Its node is in use until it is gone.
-            let mut waits = command == "block-export-del";
-            while waits {
-                waits = !gone(&daemon.next_event()?);
+            match arguments.get("id") {
+                Some(id) if command == "block-export-del" => daemon.end_export(id)?,
+                _ => drop(daemon.execute(command, arguments, &[])?),
             }
         }
         Ok(())
@@ -280,6 +274,43 @@ impl Kept {
                 Err(e)
             }
         }
+    }
+
+    /// Has a daemon of `program` take the place of the one that runs, with its NBD clients: they notice a pause, which is
+    /// returned. Other clients are hung up on and come again; FUSE files stay open.
+    ///
+    /// # Errors
+    /// The new daemon could not be started, and the old one serves on; or it could not be brought to where the old one was, and
+    /// both have gone: then it is [revived](Kept::revive).
+    pub fn upgrade(&mut self, program: &Program) -> Result<Duration> {
+        self.journal.check()?;
+        let mut new = Daemon::start_with(program, &self.launch)?;
+        let Some(old) = self.daemon.as_mut() else {
+            let _ = new.kill();
+            return Err(Error::Refused("the daemon has died, and another is about to be started".into()));
+        };
+        let begun = match upgrade::prepare(&self.journal, old, &mut new) {
+            Ok(begun) => begun,
+            Err(e) => {
+                let _ = new.kill();
+                return Err(e);
+            }
+        };
+        let paused = Instant::now();
+        if let Err(e) = upgrade::carry_over(begun, &self.journal, old, &mut new) {
+            let _ = new.kill();
+            if let Some(old) = self.daemon.take() {
+                let _ = old.kill();
+            }
+            return Err(e);
+        }
+        let pause = paused.elapsed();
+        self.program = program.clone();
+        self.successors += 1;
+        if let Some(old) = self.daemon.replace(new) {
+            let _ = old.stop();
+        }
+        Ok(pause)
     }
 
     /// Asks the daemon to end, and waits for it.

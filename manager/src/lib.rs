@@ -24,5 +24,6 @@ pub mod policy;
 pub mod serve;
 pub mod service;
 pub mod tls;
+mod upgrade;
 
 pub use error::{Error, Result};

@@ -266,31 +266,55 @@ impl Served {
         self.kept.pid()
     }
 
-    /// Keeps it served until a signal, the daemon's own end, or one death too many. `tell` hears what happens meanwhile.
+    /// Keeps it served, at SIGUSR1 by a daemon of what lies at `successor` then, until another signal, the daemon's own end, or one death too many. `tell` hears what happens meanwhile.
     ///
     /// # Errors
     /// A daemon may not have the image any more, or processes cannot be waited for.
-    pub fn keep(&mut self, waiting: &Waiting, mut tell: impl FnMut(Happening<'_>)) -> Result<End> {
+    pub fn keep(&mut self, waiting: &Waiting, successor: &Program, mut tell: impl FnMut(Happening<'_>)) -> Result<End> {
         loop {
             let failed = Error::process("could not wait for the daemon");
             let pidfd = self.kept.daemon()?.pidfd().map_err(failed)?;
-            if waiting.until(Some(&pidfd), None)? {
-                return Ok(End::Signal);
+            let since;
+            let mut verdict;
+            match waiting.until(Some(&pidfd), None)? {
+                Some(signal::USR1) => {
+                    match self.kept.upgrade(successor) {
+                        Ok(pause) => {
+                            tell(Happening::Upgraded { pid: self.kept.pid().unwrap_or_default(), pause });
+                            continue;
+                        }
+                        Err(error) => tell(Happening::NotUpgraded(&error)),
+                    }
+                    if self.kept.pid().is_some() {
+                        continue;
+                    }
+                    // Neither is left: another of the old kind.
+                    since = Instant::now();
+                    verdict = Verdict::Again(Duration::ZERO);
+                }
+                Some(_) => return Ok(End::Signal),
+                None => {
+                    since = Instant::now();
+                    let (death, next) = self.kept.bury()?;
+                    verdict = next;
+                    if !matches!(verdict, Verdict::Ended) {
+                        tell(Happening::Died(&death));
+                    }
+                }
             }
             drop(pidfd);
-            let since = Instant::now();
-            let (death, mut verdict) = self.kept.bury()?;
-            if !matches!(verdict, Verdict::Ended) {
-                tell(Happening::Died(&death));
-            }
             loop {
                 let pause = match verdict {
                     Verdict::Ended => return Ok(End::Daemon),
                     Verdict::GivenUp => return Ok(End::GivenUp),
                     Verdict::Again(pause) => pause,
                 };
-                if !pause.is_zero() && waiting.until(None, Some(pause))? {
-                    return Ok(End::Signal);
+                let deadline = Instant::now() + pause;
+                while let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+                    // Who is about to be started needs no upgrade.
+                    if waiting.until(None, Some(left))?.is_some_and(|signal| signal != signal::USR1) {
+                        return Ok(End::Signal);
+                    }
                 }
                 match self.kept.revive()? {
                     Ok(pid) => break tell(Happening::Revived { pid, after: since.elapsed() }),
@@ -329,6 +353,15 @@ pub enum Happening<'a> {
     },
     /// Another daemon could not be brought to serve it.
     Failed(&'a Error),
+    /// A daemon of the program as it is now has taken over, with its clients.
+    Upgraded {
+        /// The process.
+        pid: u32,
+        /// For how long nobody was served.
+        pause: Duration,
+    },
+    /// None could take over.
+    NotUpgraded(&'a Error),
 }
 
 /// What ended the serving.
@@ -347,16 +380,16 @@ pub enum End {
 pub struct Waiting(Signals);
 
 impl Waiting {
-    /// Collects SIGINT, SIGTERM and SIGHUP from now on.
+    /// Collects SIGINT, SIGTERM, SIGHUP and SIGUSR1 from now on.
     ///
     /// # Errors
     /// `EMFILE`.
     pub fn new() -> std::io::Result<Waiting> {
-        Ok(Waiting(Signals::block(&[signal::INT, signal::TERM, signal::HUP])?))
+        Ok(Waiting(Signals::block(&[signal::INT, signal::TERM, signal::HUP, signal::USR1])?))
     }
 
-    /// Returns at a signal: true; or when the process behind `pidfd` has ended or `most` is over: false.
-    fn until(&self, pidfd: Option<&OwnedFd>, most: Option<Duration>) -> Result<bool> {
+    /// Returns at a signal: its number; or when the process behind `pidfd` has ended or `most` is over: `None`.
+    fn until(&self, pidfd: Option<&OwnedFd>, most: Option<Duration>) -> Result<Option<i32>> {
         let deadline = most.map(|most| Instant::now() + most);
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
@@ -367,11 +400,13 @@ impl Waiting {
             let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
             let count = polled.map_err(Error::process("could not wait for the daemon"))?;
             // A Ctrl-C reaches both: then the end of the daemon is no accident.
-            if ready[0] && self.0.next().map_err(Error::process("could not read a signal"))?.is_some() {
-                return Ok(true);
+            if ready[0]
+                && let Some(signal) = self.0.next().map_err(Error::process("could not read a signal"))?
+            {
+                return Ok(Some(signal));
             }
             if count == 0 || ready.get(1).is_some_and(|ended| *ended) {
-                return Ok(false);
+                return Ok(None);
             }
         }
     }

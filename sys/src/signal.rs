@@ -10,6 +10,8 @@ pub const INT: i32 = libc::SIGINT;
 pub const TERM: i32 = libc::SIGTERM;
 /// The terminal has gone.
 pub const HUP: i32 = libc::SIGHUP;
+/// Whatever the program makes of it.
+pub const USR1: i32 = libc::SIGUSR1;
 /// The end at once.
 pub const KILL: i32 = libc::SIGKILL;
 /// A child has ended.

@@ -89,6 +89,10 @@ async def main(path, disk, nbd):
     await run("nbd-server-add", {"device": "n"})
     await run("nbd-server-remove", {"name": "n"})
     await run("nbd-server-stop")
+    await refused(qmp, "nbd-server-move", {"fd": "none"}, "NBD server not running")
+    client = {"fd": "none", "export": "n", "style": "simple", "contexts": [], "received": ""}
+    await refused(qmp, "nbd-client-add", client, "File descriptor named 'none' has not been found")
+    tried.update(("nbd-server-move", "nbd-client-add"))
     assert (await run("query-block")) == []
     assert [node["node-name"] for node in (await run("query-blockstats", {"query-nodes": True}))] == ["n"]
     assert "exports" in (await run("query-statistics"))

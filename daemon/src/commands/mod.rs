@@ -12,6 +12,7 @@ mod fdset_detail;
 mod jobs;
 mod ledger;
 mod metrics;
+mod nbd_moving;
 mod nbd_node;
 mod nbd_server;
 mod node_query;
@@ -50,6 +51,7 @@ pub fn table() -> Table<Daemon> {
         jobs::types(),
         ledger::types(),
         objects::types(),
+        nbd_moving::types(),
         nbd_server::types(),
         node_query::types(),
         overlay::types(),
@@ -66,6 +68,7 @@ pub fn table() -> Table<Daemon> {
     commands.extend(node_query::commands());
     commands.extend(nbd_node::commands());
     commands.extend(nbd_server::commands());
+    commands.extend(nbd_moving::commands());
     commands.extend(export::commands());
     commands.extend(confinement::commands());
     commands.extend(create::commands());

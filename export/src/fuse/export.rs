@@ -255,7 +255,9 @@ impl Shared {
             Ok(wait) => wait,
             Err(e) => return warn!(node = self.file.node().name(), "no thread more for the FUSE export: {e}"),
         };
-        let mut request = vec![0; REQUEST_ROOM];
+        // Every page is touched before the kernel writes to it: a process that is killed while the kernel waits for a page costs
+        // the request an error, and one that is killed at any other time only costs time.
+        let mut request = vec![1; REQUEST_ROOM];
         let mut room = vec![0; REPLY_ROOM];
         loop {
             self.idle.fetch_add(1, Ordering::AcqRel);

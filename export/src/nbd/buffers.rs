@@ -25,8 +25,11 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    pub fn new() -> Inbox {
-        Inbox { buf: vec![0; INBOX].into(), start: 0, end: 0 }
+    /// With bytes that have come already, [`INBOX`] at most.
+    pub fn with(received: &[u8]) -> Inbox {
+        let mut buf: Box<[u8]> = vec![0; INBOX].into();
+        buf[..received.len()].copy_from_slice(received);
+        Inbox { buf, start: 0, end: received.len() }
     }
 
     /// What is there.

@@ -4,7 +4,7 @@
 //! A connection's way: [`server`] accepts it, [`handshake`] negotiates an export, [`transmission`] serves its requests until
 //! it ends. [`proto`] has the numbers and headers, [`reply`] and [`status`] make replies, [`context`] says what a client can
 //! learn besides bytes. [`buffers`] gather bytes for a [`channel`], which is a [`stream`] in clear or [`tls`] over it, and
-//! [`completions`] brings back what workers finished.
+//! [`completions`] brings back what workers finished. Between requests a client may be [`moving`] to another process.
 
 mod buffers;
 mod channel;
@@ -12,6 +12,7 @@ mod completions;
 mod context;
 mod export;
 mod handshake;
+mod moving;
 mod name;
 pub mod proto;
 mod reply;
@@ -23,4 +24,6 @@ mod transmission;
 
 pub use context::{Bitmap, DirtyRuns};
 pub use export::{Export, Settings};
+pub use moving::Moved;
+pub use reply::Style;
 pub use server::{Admission, Limits, Server};

@@ -28,6 +28,20 @@ pub struct To {
 }
 
 impl Style {
+    /// All of them, and their names between processes.
+    const NAMES: [(Style, &str); 3] =
+        [(Style::Simple, "simple"), (Style::Structured, "structured"), (Style::Extended, "extended")];
+
+    /// Its name between processes.
+    pub fn word(self) -> &'static str {
+        Style::NAMES.iter().find(|(style, _)| *style == self).map_or("", |(_, word)| word)
+    }
+
+    /// The style of that name.
+    pub fn named(word: &str) -> Option<Style> {
+        Style::NAMES.iter().find(|(_, name)| *name == word).map(|(style, _)| *style)
+    }
+
     /// Bytes before the data of a read reply.
     pub fn read_header_len(self) -> usize {
         match self {

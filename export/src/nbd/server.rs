@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -14,15 +14,21 @@ use rustix::net::SocketFlags;
 use tracing::{debug, warn};
 
 use super::channel::Channel;
+use super::context::{Chosen, Context};
 use super::export::{Export, Settings};
-use super::handshake::{self, Exports};
+use super::handshake::{self, Agreed, Exports};
+use super::moving::{Moved, Moving};
+use super::reply::Style;
 use super::stream::Stream;
 use super::tls::Tls;
-use super::transmission;
+use super::transmission::{self, End};
 use crate::workers::Workers;
 
 /// Stack of a connection's thread in bytes: all large buffers are on the heap.
 const STACK: usize = 256 << 10;
+
+/// How long clients that negotiate hold up others that are to move.
+const NEGOTIATION: Duration = Duration::from_millis(100);
 
 /// Bounds on what clients can take.
 #[derive(Clone, Copy, Debug)]
@@ -67,6 +73,8 @@ struct Shared {
     changed: Box<dyn Fn() + Send + Sync>,
     /// Readable when the listener's thread should look up from its sleep.
     wake: OwnedFd,
+    /// The sign that clients are to move.
+    moving: Moving,
     /// The number of the listening socket, which its thread owns.
     listener: RawFd,
     state: Mutex<State>,
@@ -82,7 +90,12 @@ struct State {
     /// A client has chosen an export.
     served: bool,
     stopping: bool,
+    /// Clients that have stopped, to move.
+    moved: Vec<Waiting>,
 }
+
+/// A client that has stopped: its stream, until nobody else holds it, and all else.
+type Waiting = (Arc<Stream>, Arc<Export>, Style, Vec<(u32, String)>, Vec<u8>);
 
 impl Server {
     /// Serves clients of `listener`, a listening stream socket; with `tls` only those that begin it. `changed` is called from any thread when a client has left.
@@ -99,8 +112,17 @@ impl Server {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let state = Mutex::new(State { open: limits.admission == Admission::AtOnce, ..State::default() });
         let number = listener.as_raw_fd();
-        let shared =
-            Arc::new(Shared { limits, tls, workers, changed: Box::new(changed), wake, listener: number, state });
+        let moving = Moving::new()?;
+        let shared = Arc::new(Shared {
+            limits,
+            tls,
+            workers,
+            changed: Box::new(changed),
+            wake,
+            moving,
+            listener: number,
+            state,
+        });
         let accepting = Arc::clone(&shared);
         let thread = thread::Builder::new().name("nbd-listen".into()).stack_size(STACK);
         let listener = thread.spawn(move || accepting.accept_all(&listener))?;
@@ -146,10 +168,63 @@ impl Server {
         let own = [
             (self.shared.listener, "the NBD server's listener".to_owned()),
             (self.shared.wake.as_raw_fd(), "the NBD server's wake-ups".to_owned()),
+            (self.shared.moving.as_fd().as_raw_fd(), "the NBD server's sign to move".to_owned()),
         ];
         let state = self.shared.lock();
         let clients = state.clients.iter().map(|(client, stream)| (stream.number(), format!("NBD client {client}")));
         own.into_iter().chain(clients).collect()
+    }
+
+    /// Lets nobody in any more, has every client stop at the boundary of a request with nothing under way, and gives them away.
+    /// Those who negotiate have 100 ms to come that far. Those who have not stopped in time or use TLS are hung up on. Then the server [stops](Server::stop).
+    pub fn move_clients(mut self, patience: Duration) -> Vec<Moved> {
+        self.shared.moving.begin();
+        self.shared.wake_listener();
+        // What is encrypted does not move, so there is nothing to wait for.
+        let deadline = Instant::now() + if self.shared.tls.is_some() { Duration::ZERO } else { patience };
+        let serving = || {
+            let exports: Vec<_> = self.shared.lock().exports.values().cloned().collect();
+            exports.iter().map(|export| export.clients()).sum::<usize>()
+        };
+        let negotiated = Instant::now() + NEGOTIATION;
+        while (serving() > 0 && Instant::now() < deadline) || (self.clients() > 0 && Instant::now() < negotiated) {
+            thread::sleep(Duration::from_micros(100));
+        }
+        let moved = std::mem::take(&mut self.shared.lock().moved);
+        self.shut_down();
+        let own = |(mut stream, export, style, contexts, received): Waiting| {
+            // Its thread is about to end, and lets go of it.
+            let stream = loop {
+                match Arc::try_unwrap(stream) {
+                    Ok(stream) => break stream,
+                    Err(shared) => stream = shared,
+                }
+                thread::yield_now();
+            };
+            Moved { socket: stream.into_socket(), export: export.name().to_owned(), style, contexts, received }
+        };
+        moved.into_iter().map(own).collect()
+    }
+
+    /// Goes on with a client that another process has served.
+    ///
+    /// # Errors
+    /// There is no such export or context, or no thread to be had; the client is then hung up on.
+    pub fn take_client(&self, client: Moved) -> Result<(), String> {
+        let Moved { socket, export, style, contexts, received } = client;
+        let Some(export) = self.shared.named(&export) else { return Err(format!("export '{export}' not present")) };
+        if received.len() >= style.request_len() {
+            return Err("more than the beginning of a request has come".into());
+        }
+        let known = Context::of(&export);
+        let chosen = contexts.into_iter().map(|(id, name)| {
+            let context = known.iter().find(|context| context.name() == name);
+            let context = context.ok_or_else(|| format!("export '{}' has no context '{name}'", export.name()))?;
+            Ok::<_, String>(Chosen { id, context: context.clone() })
+        });
+        let contexts = chosen.collect::<Result<Vec<Chosen>, String>>()?.into();
+        self.shared.welcome(socket, Some((Agreed { export, style, contexts }, received)));
+        Ok(())
     }
 
     /// Number of clients, those in negotiation included.
@@ -220,7 +295,7 @@ impl Shared {
                     return;
                 }
                 let full = self.limits.connections != 0 && state.clients.len() >= self.limits.connections;
-                full || !state.open
+                full || !state.open || self.moving.has_begun()
             };
             let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
             if !closed && !resting {
@@ -238,7 +313,7 @@ impl Shared {
                 continue;
             }
             match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
-                Ok(socket) => self.welcome(socket),
+                Ok(socket) => self.welcome(socket, None),
                 Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                     warn!("no descriptor left for a new NBD client");
                     resting = true;
@@ -252,8 +327,8 @@ impl Shared {
         }
     }
 
-    /// Starts a client's thread.
-    fn welcome(self: &Arc<Shared>, socket: OwnedFd) {
+    /// Starts a client's thread, which negotiates unless that was done elsewhere.
+    fn welcome(self: &Arc<Shared>, socket: OwnedFd, agreed: Option<(Agreed, Vec<u8>)>) {
         let stream = Arc::new(Stream::new(socket));
         let client = {
             let mut state = self.lock();
@@ -264,28 +339,42 @@ impl Shared {
         };
         let shared = Arc::clone(self);
         let thread = thread::Builder::new().name(format!("nbd-{client}")).stack_size(STACK);
-        if let Err(e) = thread.spawn(move || shared.serve(client, stream)) {
+        if let Err(e) = thread.spawn(move || shared.serve(client, stream, agreed)) {
             warn!(client, "no thread for a new NBD client: {e}");
             self.lock().clients.remove(&client);
         }
     }
 
-    /// A client's thread, from greeting to end.
-    fn serve(&self, client: u64, stream: Arc<Stream>) {
+    /// A client's thread, from greeting, or where another process has left off, to end.
+    fn serve(&self, client: u64, stream: Arc<Stream>, agreed: Option<(Agreed, Vec<u8>)>) {
         // Leaves the books on every way out, a panic included.
         let _present = Present { shared: self, client };
         let deadline = (!self.limits.handshake.is_zero()).then(|| Instant::now() + self.limits.handshake);
         let mut channel = Channel::new(Arc::clone(&stream));
-        let agreed = match handshake::negotiate(&mut channel, self, deadline) {
-            Ok(Some(agreed)) => agreed,
-            Ok(None) => return channel.end(),
-            Err(e) => return debug!(client, "NBD negotiation: {e}"),
+        let (agreed, received) = match agreed {
+            Some(agreed) => agreed,
+            None => match handshake::negotiate(&mut channel, self, deadline) {
+                Ok(Some(agreed)) => (agreed, Vec::new()),
+                Ok(None) => return channel.end(),
+                Err(e) => return debug!(client, "NBD negotiation: {e}"),
+            },
         };
         let Some(meter) = agreed.export.enter(client, &stream) else { return };
         self.lock().served = true;
         let _inside = Inside { export: &agreed.export, client };
-        if let Err(e) = transmission::serve(&mut channel, &agreed, meter, &self.workers) {
-            debug!(client, export = agreed.export.name(), "NBD client: {e}");
+        match transmission::serve(&mut channel, &agreed, meter, &self.workers, &self.moving, &received) {
+            Ok(End::Moved(received)) => {
+                let contexts = agreed.contexts.iter().map(|chosen| (chosen.id, chosen.context.name())).collect();
+                let export = Arc::clone(&agreed.export);
+                let mut state = self.lock();
+                // Out of the books before anybody could be hung up on by them.
+                state.clients.remove(&client);
+                agreed.export.leave(client);
+                state.moved.push((stream, export, agreed.style, contexts, received));
+                return;
+            }
+            Ok(End::Over) => {}
+            Err(e) => debug!(client, export = agreed.export.name(), "NBD client: {e}"),
         }
         channel.end();
         // The peer learns at once; the descriptor goes with the last of its holders.

@@ -37,6 +37,11 @@ impl Stream {
         Stream(socket)
     }
 
+    /// The socket, for another process.
+    pub fn into_socket(self) -> OwnedFd {
+        self.0
+    }
+
     /// The descriptor's number.
     pub fn number(&self) -> RawFd {
         self.0.as_raw_fd()

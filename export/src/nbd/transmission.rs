@@ -23,6 +23,7 @@ use super::channel::Channel;
 use super::completions::{Completions, Slot};
 use super::context::Chosen;
 use super::handshake::Agreed;
+use super::moving::Moving;
 use super::proto::{self, Command, MAX_PAYLOAD, Request, cmd_flag};
 use super::reply::{self, Style, To};
 use super::status;
@@ -39,11 +40,28 @@ const MOST_QUERY: u64 = 8 + 4 * 1024;
 /// What every request at the workers counts at least, bytes.
 const LEAST_CHARGE: usize = 256;
 
-/// Serves requests until the client disconnects; then waits for what is in flight.
+/// How a connection's transmission ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum End {
+    /// The client has left.
+    Over,
+    /// It is to be served by another process: nothing is under way, and these bytes of the next request have come.
+    Moved(Vec<u8>),
+}
+
+/// Serves requests, of which `received` has come already, until the client disconnects or is to move; then waits for what is in
+/// flight.
 ///
 /// # Errors
 /// A client that breaks the protocol or vanishes.
-pub fn serve(channel: &mut Channel, agreed: &Agreed, meter: Meter, workers: &Workers) -> io::Result<()> {
+pub fn serve(
+    channel: &mut Channel,
+    agreed: &Agreed,
+    meter: Meter,
+    workers: &Workers,
+    moving: &Moving,
+    received: &[u8],
+) -> io::Result<End> {
     let mut session = Session {
         channel,
         root: agreed.export.root(),
@@ -53,7 +71,9 @@ pub fn serve(channel: &mut Channel, agreed: &Agreed, meter: Meter, workers: &Wor
         style: agreed.style,
         contexts: &agreed.contexts,
         workers,
-        inbox: Inbox::new(),
+        moving,
+        moved: false,
+        inbox: Inbox::with(received),
         outbox: Outbox::new(),
         state: State::Header,
         completions: Completions::new()?,
@@ -68,7 +88,10 @@ pub fn serve(channel: &mut Channel, agreed: &Agreed, meter: Meter, workers: &Wor
         session.wait_for_completions()?;
         session.collect();
     }
-    served
+    served?;
+    // What is encrypted cannot be read by another process: the client has to come again.
+    let moved = session.moved && !session.channel.is_encrypted();
+    Ok(if moved { End::Moved(session.inbox.bytes().to_vec()) } else { End::Over })
 }
 
 /// What the next bytes in the inbox are.
@@ -95,6 +118,9 @@ struct Session<'a> {
     style: Style,
     contexts: &'a Arc<[Chosen]>,
     workers: &'a Workers,
+    moving: &'a Moving,
+    /// Stopped at a request's boundary because clients are to move.
+    moved: bool,
     inbox: Inbox,
     outbox: Outbox,
     state: State,
@@ -178,8 +204,11 @@ impl Session<'_> {
             State::Query { left, .. } => left,
             _ => self.style.request_len(),
         };
+        if self.leaves() {
+            return Ok(false);
+        }
         if self.in_flight == 0 {
-            return Ok(self.inbox.receive(self.channel, wanted, true)? > 0);
+            return self.receive_alone(wanted);
         }
         loop {
             if self.channel.is_encrypted() {
@@ -191,14 +220,23 @@ impl Session<'_> {
                 }
             }
             let socket = self.channel.stream();
-            let mut fds = [PollFd::new(&**socket, PollFlags::IN), PollFd::new(&*self.completions, PollFlags::IN)];
-            match poll(&mut fds, None) {
+            let mut fds = [
+                PollFd::new(&**socket, PollFlags::IN),
+                PollFd::new(&*self.completions, PollFlags::IN),
+                PollFd::new(self.moving, PollFlags::IN),
+            ];
+            // In the middle of a payload there is no moving, and nothing to be woken for.
+            let watched = if self.at_boundary() { 3 } else { 2 };
+            match poll(&mut fds[..watched], None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }
-            let [socket, finished] = fds.map(|fd| !fd.revents().is_empty());
+            let [socket, finished, _] = fds.map(|fd| !fd.revents().is_empty());
             if finished {
                 self.send_completions()?;
+            }
+            if self.leaves() {
+                return Ok(false);
             }
             if socket {
                 match self.inbox.receive(self.channel, wanted, false) {
@@ -208,9 +246,37 @@ impl Session<'_> {
                 }
             }
             if self.in_flight == 0 {
-                return Ok(self.inbox.receive(self.channel, wanted, true)? > 0);
+                return self.receive_alone(wanted);
             }
         }
+    }
+
+    /// Gets more bytes while nothing is at the workers. False at the end of the stream, or when the client is to move.
+    fn receive_alone(&mut self, wanted: usize) -> io::Result<bool> {
+        // Part of a request may be decrypted already: nothing that the socket could be polled for, and nothing that moves.
+        if self.at_boundary() && !self.channel.is_encrypted() {
+            let socket = self.channel.stream();
+            let mut fds = [PollFd::new(&**socket, PollFlags::IN), PollFd::new(self.moving, PollFlags::IN)];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+            if self.leaves() {
+                return Ok(false);
+            }
+        }
+        Ok(self.inbox.receive(self.channel, wanted, true)? > 0)
+    }
+
+    /// Whether what comes next is a request.
+    fn at_boundary(&self) -> bool {
+        matches!(self.state, State::Header)
+    }
+
+    /// Whether clients are to move, and this one can.
+    fn leaves(&mut self) -> bool {
+        self.moved |= self.at_boundary() && self.moving.has_begun();
+        self.moved
     }
 
     /// Checks a request (proto.md, "Request types"; errors as QEMU gives them) and starts it.

@@ -60,6 +60,11 @@ pub enum Request {
         /// Bytes.
         size: u64,
     },
+    /// Has a daemon of the program as it lies on disk now take over, with the clients.
+    Upgrade {
+        /// The daemon.
+        name: String,
+    },
     /// Reads the policy once more; disks that it would not give are detached. For root and the service's own user.
     Reload,
 }
@@ -95,7 +100,7 @@ pub struct ShownDisk {
 }
 
 /// An answer.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 pub enum Answer {
     /// It was done.
@@ -106,6 +111,11 @@ pub enum Answer {
     Attached {
         /// For NBD clients.
         uri: String,
+    },
+    /// Another daemon has taken over.
+    Upgraded {
+        /// For how long nobody was served, milliseconds.
+        pause: f64,
     },
     /// What a new policy has withdrawn, as `daemon/disk`.
     Reloaded {

@@ -62,6 +62,8 @@ pub struct Place {
 #[derive(Debug)]
 pub struct Service {
     program: Program,
+    /// What an upgrade starts.
+    successor: Program,
     place: Place,
     door: Door,
     daemons: BTreeMap<String, Running>,
@@ -83,7 +85,8 @@ impl Service {
         let door = Door::new(Policy::load(&place.policy)?, audit);
         std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&place.directory).map_err(failed)?;
         let (daemons, news, stored) = (BTreeMap::new(), Vec::new(), Stored::inherited());
-        let mut service = Service { program, place, door, daemons, news, stored };
+        let successor = program.successor();
+        let mut service = Service { program, successor, place, door, daemons, news, stored };
         let entries = std::fs::read_dir(&service.place.directory).map_err(failed)?;
         let records = entries.filter_map(|entry| Some(entry.ok()?.path()));
         let mut records: Vec<PathBuf> =
@@ -130,6 +133,12 @@ impl Service {
                 running.write_down()?;
                 self.door.note(asker, "resize", &format!("{name}/{disk} to {size}"))?;
                 Ok(Answer::Done)
+            }
+            Request::Upgrade { name } => {
+                let successor = self.successor.clone();
+                let pause = self.of(asker, &name)?.upgrade(&successor)?;
+                self.door.note(asker, "upgrade", &name)?;
+                Ok(Answer::Upgraded { pause: pause.as_secs_f64() * 1000.0 })
             }
             Request::Reload if is_master(asker) => {
                 self.door.note(asker, "reload", &self.place.policy.to_string_lossy())?;

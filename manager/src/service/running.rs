@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -237,6 +237,20 @@ impl Running {
             self.distrust(e);
         }
         resized.map(drop)
+    }
+
+    /// Has a daemon of `program` take over; for how long nobody was served.
+    ///
+    /// # Errors
+    /// None could take over: the old one serves on, or another of its kind is about to.
+    pub fn upgrade(&mut self, program: &Program) -> Result<Duration> {
+        let upgraded = self.kept.upgrade(program);
+        if self.kept.pid().is_none() && self.due.is_none() {
+            self.due = Some(Instant::now());
+        }
+        let pause = upgraded?;
+        self.write_down()?;
+        Ok(pause)
     }
 
     /// Kills a daemon that does not answer any more: another takes its place.
