@@ -84,6 +84,8 @@ fn row(fd: &Value) -> Vec<String> {
     }
     let peer = &detail["peer"];
     let passed_by = match (peer["pid"].as_i64(), peer["uid"].as_i64()) {
+        // In another pid namespace than the daemon's own.
+        (Some(0), Some(uid)) => format!("user {uid}"),
         (Some(pid), Some(uid)) => format!("process {pid}, user {uid}"),
         _ => "command line".to_owned(),
     };

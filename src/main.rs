@@ -2,9 +2,11 @@
 //! The command line. Each verb is one module; this page is the list of them.
 #![allow(clippy::print_stdout, reason = "a command line talks to people")]
 
+mod attest;
 mod demo;
 mod fdsets;
 mod img;
+mod matrix;
 mod nbd;
 mod nbd_client;
 mod policy;
@@ -62,6 +64,8 @@ enum Verb {
     Policy(policy::Options),
     /// Show on a small disk how it works, and that the daemon cannot get out.
     Demo(demo::Options),
+    /// Let a process that is confined like the daemon try every way out, and show what the kernel said.
+    Attest(attest::Options),
     /// The confined daemon alone, driven over QMP (see `doorless daemon --help`).
     #[command(disable_help_flag = true)]
     Daemon(Rest),
@@ -80,6 +84,9 @@ enum Verb {
     /// Remove a daemon's sockets and PID file when standard input ends. For the daemon's use.
     #[command(hide = true)]
     Sweep { files: Vec<OsString> },
+    /// Confine itself and try to get out, as JSON on the command line says. For the manager's use.
+    #[command(hide = true)]
+    AttestInside { orders: String },
     /// Tell what the image on standard input is, confined. For the manager's use.
     #[command(hide = true)]
     Inspect(InspectOptions),
@@ -113,9 +120,10 @@ struct InspectOptions {
 /// How the confined processes confine themselves.
 #[derive(Args, Clone)]
 struct Confinement {
-    /// Whether every layer of confinement must be had: `require` or `best-effort`.
-    #[arg(long, value_name = "LEVEL", default_value = "require", value_parser = ["require", "best-effort"])]
-    confine: String,
+    /// Which layers of confinement must be had: `require` for all, `standard` for all but `namespaces` and `pid-namespace`,
+    /// `best-effort` for none, or their names with commas between them.
+    #[arg(long, value_name = "LEVEL", default_value = "standard")]
+    confine: ::img::Requirement,
 }
 
 impl Confinement {
@@ -169,6 +177,8 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Upgrade(options) => service::upgrade(&options)?,
         Verb::Reload(options) => service::reload(&options)?,
         Verb::Policy(options) => return policy::run(&options),
+        Verb::Attest(options) => return attest::run(&options),
+        Verb::AttestInside { orders } => daemon::attest::inside(&orders)?,
         Verb::Demo(options) => return demo::run(&options),
         Verb::Daemon(Rest { arguments }) => daemon::run(DAEMON, arguments)?,
         Verb::Img(Rest { arguments }) => return img::run("doorless img", arguments),
@@ -177,7 +187,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Unmount(UnmountOptions { mountpoint, tree }) => manager::fuse::unmount_when_abandoned(&mountpoint, tree)?,
         Verb::Sweep { files } => daemon::sweeper::run(&files)?,
         Verb::Inspect(InspectOptions { format, confinement }) => {
-            ::img::inspect::run(format.as_deref(), confinement.confine == "best-effort")?;
+            ::img::inspect::run(format.as_deref(), confinement.confine)?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -181,7 +181,7 @@ impl Options {
             until_unused: !self.persistent,
             background: ready.is_some(),
         };
-        let program = Program { executable: Program::THIS.into(), confinement: vec!["--confine=require".into()] };
+        let program = Program { executable: Program::THIS.into(), confinement: Vec::new() };
         let successor = program.successor();
         let listen = Some(listen);
         let restarts = Restarts::default();

@@ -127,7 +127,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let mut served = serve(&options.confinement.program(), request)?;
     // Whoever started this may have closed the pipe already; the disk is served all the same.
     let uri = socket.map(|socket| uri(&socket, &options.name).replacen("nbd", scheme, 1));
-    let _ = announce(&served, uri.as_deref(), vhost_user.as_deref());
+    let missing = served.missing_layers()?;
+    let _ = announce(&served, &missing, uri.as_deref(), vhost_user.as_deref());
     match served.keep(&waiting, &successor, tell)? {
         End::Signal => served.stop()?,
         End::Daemon => bail!("the daemon has ended; its own message says why"),
@@ -164,7 +165,7 @@ fn scraped(address: &str) -> anyhow::Result<Listen> {
 }
 
 /// Tells what is served, and lines to try it with.
-fn announce(served: &Served, uri: Option<&str>, device: Option<&Path>) -> std::io::Result<()> {
+fn announce(served: &Served, missing: &[String], uri: Option<&str>, device: Option<&Path>) -> std::io::Result<()> {
     let chain = &served.chain;
     let mut out = std::io::stdout().lock();
     for (index, layer) in chain.layers.iter().enumerate() {
@@ -189,6 +190,9 @@ fn announce(served: &Served, uri: Option<&str>, device: Option<&Path>) -> std::i
     let read_only = chain.layers[0].image.rights == manager::opening::Rights::ReadOnly;
     let snapshot = if read_only { ",snapshot=on" } else { "" };
     writeln!(out, "daemon: process {}, confined: it can open nothing any more", served.pid().unwrap_or_default())?;
+    for layer in missing {
+        writeln!(out, "  without the layer {layer}")?;
+    }
     let file = served.file.as_ref().map(|file| file.mountpoint().display());
     if let (Some(file), Some(_)) = (&file, uri) {
         writeln!(out, "file: {file}")?;

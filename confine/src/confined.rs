@@ -3,7 +3,7 @@
 
 use std::io;
 
-use crate::{Layer, LayerReport, Plan, Report, landlocked, privileges, seccomp};
+use crate::{Layer, LayerReport, Plan, Report, landlocked, namespaces, privileges, seccomp};
 
 /// Proof that this process has confined itself. Only [`confine`] makes it, and nothing copies it.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ pub enum Error {
     Threads(usize),
     /// A required layer cannot be had.
     #[error(
-        "the layer '{layer}' of confinement cannot be had here: {detail}; {}, or say --confine=best-effort to go on without",
+        "the layer '{layer}' of confinement cannot be had here: {detail}; {}, or say what must be had with --confine",
         layer.remedy()
     )]
     Missing {
@@ -74,18 +74,26 @@ pub fn confine(plan: &Plan) -> Result<Confined, Error> {
     record(Layer::Limits, unless_left_out(Layer::Limits, &privileges::limit))?;
     // A user cannot be changed without capabilities, nor the bounding set emptied without root's: what is needed of one
     // layer for the other is done first.
-    let bounding = plan.wants(Layer::Capabilities).then(privileges::empty_bounding_set);
+    let namespaces = plan.wants(Layer::Namespaces).then(namespaces::leave_as_root).flatten();
+    let empty_bounding_set = || {
+        if plan.wants(Layer::Capabilities) {
+            privileges::empty_bounding_set();
+        }
+    };
+    empty_bounding_set();
     record(Layer::User, unless_left_out(Layer::User, &|| privileges::change_user(plan.run_as)))?;
-    record(
-        Layer::Capabilities,
-        unless_left_out(Layer::Capabilities, &|| privileges::drop_capabilities(bounding == Some(Ok(())))),
-    )?;
+    let namespaces = namespaces.unwrap_or_else(|| unless_left_out(Layer::Namespaces, &namespaces::leave_as_user));
+    record(Layer::Namespaces, namespaces)?;
+    record(Layer::PidNamespace, unless_left_out(Layer::PidNamespace, &namespaces::first_process))?;
+    // A new user namespace fills it again, and gives everybody the right to empty it.
+    empty_bounding_set();
+    record(Layer::Capabilities, unless_left_out(Layer::Capabilities, &privileges::drop_capabilities))?;
     record(Layer::NoNewPrivs, unless_left_out(Layer::NoNewPrivs, &privileges::set_no_new_privs))?;
     // After the change of user, with which the kernel decides anew whether a process is dumpable.
     record(Layer::NotDumpable, unless_left_out(Layer::NotDumpable, &privileges::set_not_dumpable))?;
     record(Layer::Landlock, unless_left_out(Layer::Landlock, &|| landlocked::apply(plan.landlock_abi)))?;
     // Last: it allows none of the calls above.
-    record(Layer::Seccomp, unless_left_out(Layer::Seccomp, &|| seccomp::apply(plan.role, plan.denial)))?;
+    record(Layer::Seccomp, unless_left_out(Layer::Seccomp, &|| seccomp::apply(plan)))?;
     Ok(Confined { report: Report::new(layers) })
 }
 
@@ -94,6 +102,8 @@ pub fn confine(plan: &Plan) -> Result<Confined, Error> {
 /// The rest needs no warmth: std takes the hash seed and the time from system calls that are allowed, never reads the time
 /// zone, and the unwinder is linked, not loaded.
 fn warm_up() {
+    sys::process::id();
+    sys::process::parent();
     // glibc's own default is eight arenas to a processor. std reads the control group's limits for the number.
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     sys::memory::limit_arenas(8 * processors);

@@ -2,7 +2,7 @@
 //! Lets a process lock itself out of every file, socket and program, before it reads its first foreign byte.
 //!
 //! A [`Plan`] says what the process will do ([`Role`]) and which [`Layer`]s must be had. [`confine`] applies them one by one:
-//! limits, another user than root, no capabilities, no_new_privs, not dumpable, Landlock without a single rule, and last a
+//! limits, namespaces with an empty root directory, another user than root, no capabilities, no_new_privs, not dumpable, Landlock without a single rule, and last a
 //! seccomp filter that allows only what a storage daemon does with the descriptors that it already has. It returns
 //! [`Confined`], a value that nothing else makes, so that a function can demand it as proof. What the kernel lacks is named,
 //! and is an error unless the plan is content without.
@@ -26,6 +26,7 @@
 pub mod attempts;
 mod confined;
 mod landlocked;
+mod namespaces;
 mod plan;
 mod privileges;
 mod report;
@@ -33,5 +34,5 @@ mod rules;
 mod seccomp;
 
 pub use confined::{Confined, Error, confine};
-pub use plan::{Denial, Layer, Level, Plan, Role};
+pub use plan::{Denial, Layer, Level, Plan, Requirement, Role};
 pub use report::{LayerReport, Report};

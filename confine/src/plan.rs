@@ -22,6 +22,10 @@ pub enum Layer {
     Limits,
     /// Not root: root owns root's files even without a capability.
     User,
+    /// Mounts with an empty root, network, IPC, host name and control groups of its own.
+    Namespaces,
+    /// The first process of a pid namespace of its own, made by whoever started it: it sees no other process.
+    PidNamespace,
     /// No capability in any set.
     Capabilities,
     /// no_new_privs: running a program cannot give rights.
@@ -36,9 +40,11 @@ pub enum Layer {
 
 impl Layer {
     /// Every layer, in the order in which they are applied.
-    pub const ALL: [Layer; 7] = [
+    pub const ALL: [Layer; 9] = [
         Layer::Limits,
         Layer::User,
+        Layer::Namespaces,
+        Layer::PidNamespace,
         Layer::Capabilities,
         Layer::NoNewPrivs,
         Layer::NotDumpable,
@@ -51,6 +57,8 @@ impl Layer {
         match self {
             Layer::Limits => "limits",
             Layer::User => "user",
+            Layer::Namespaces => "namespaces",
+            Layer::PidNamespace => "pid-namespace",
             Layer::Capabilities => "capabilities",
             Layer::NoNewPrivs => "no-new-privs",
             Layer::NotDumpable => "not-dumpable",
@@ -66,6 +74,13 @@ impl Layer {
             Layer::User => {
                 "start it as an ordinary user, or let it change its user: CAP_SETUID and CAP_SETGID, and in a container a \
                  user id that is mapped"
+            }
+            Layer::Namespaces => {
+                "start it as root with CAP_SYS_ADMIN, or let users make namespaces: user.max_user_namespaces, AppArmor's \
+                 restriction of them, and the container's own filter decide that"
+            }
+            Layer::PidNamespace => {
+                "let doorless serve start it, or unshare --pid --fork, and see that users may make namespaces"
             }
             Layer::Capabilities => "start it as an ordinary user, or as root with CAP_SETPCAP",
             Layer::NoNewPrivs | Layer::NotDumpable => "look for a filter around this process that denies prctl(2)",
@@ -92,6 +107,69 @@ pub enum Level {
     BestEffort,
 }
 
+/// Which layers must be had: what `--confine` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Requirement([Level; Layer::ALL.len()]);
+
+impl Requirement {
+    /// What options take.
+    pub const SYNTAX: &str = "require, standard, best-effort, or names of layers with commas between them";
+
+    /// What this process must have of it, if it does `role`: no tool of a moment is worth a pid namespace.
+    fn levels(self, role: Role) -> [Level; Layer::ALL.len()] {
+        let Requirement(mut levels) = self;
+        if role == Role::Tool {
+            levels[Layer::PidNamespace as usize] = Level::BestEffort;
+        }
+        levels
+    }
+}
+
+impl Default for Requirement {
+    /// Every layer that any kernel of today and any container grants: all but the two of namespaces.
+    fn default() -> Requirement {
+        let namespaces = [Layer::Namespaces, Layer::PidNamespace];
+        let level = |layer| if namespaces.contains(&layer) { Level::BestEffort } else { Level::Require };
+        Requirement(Layer::ALL.map(level))
+    }
+}
+
+impl std::str::FromStr for Requirement {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Requirement, String> {
+        match text {
+            "require" => return Ok(Requirement([Level::Require; Layer::ALL.len()])),
+            "standard" => return Ok(Requirement::default()),
+            "best-effort" => return Ok(Requirement([Level::BestEffort; Layer::ALL.len()])),
+            _ => {}
+        }
+        let mut levels = [Level::BestEffort; Layer::ALL.len()];
+        for name in text.split(',') {
+            let layer = Layer::ALL.into_iter().find(|layer| layer.name() == name);
+            let layer = layer.ok_or_else(|| {
+                let names = Layer::ALL.map(Layer::name).join(", ");
+                format!("'{name}' is no layer of confinement; {} ({names})", Requirement::SYNTAX)
+            })?;
+            levels[layer as usize] = Level::Require;
+        }
+        Ok(Requirement(levels))
+    }
+}
+
+impl std::fmt::Display for Requirement {
+    /// As [`FromStr`](std::str::FromStr) reads it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let required: Vec<&str> =
+            Layer::ALL.into_iter().filter(|&layer| self.0[layer as usize] == Level::Require).map(Layer::name).collect();
+        match required.len() {
+            0 => f.write_str("best-effort"),
+            n if n == Layer::ALL.len() => f.write_str("require"),
+            _ => f.write_str(&required.join(",")),
+        }
+    }
+}
+
 /// What becomes of a system call that the filter does not allow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Denial {
@@ -110,6 +188,7 @@ pub struct Plan {
     pub(crate) run_as: Option<(u32, u32)>,
     pub(crate) denial: Denial,
     pub(crate) landlock_abi: i32,
+    pub(crate) hole: Option<i64>,
     levels: [Level; Layer::ALL.len()],
     left_out: [bool; Layer::ALL.len()],
 }
@@ -122,6 +201,7 @@ impl Plan {
             run_as: None,
             denial: Denial::Refuse,
             landlock_abi: 1,
+            hole: None,
             levels: [Level::Require; Layer::ALL.len()],
             left_out: [false; Layer::ALL.len()],
         }
@@ -134,7 +214,14 @@ impl Plan {
         self
     }
 
-    /// Whether `layer` must be had.
+    /// The same plan with what must be had of it.
+    #[must_use]
+    pub fn requiring(mut self, requirement: Requirement) -> Plan {
+        self.levels = requirement.levels(self.role);
+        self
+    }
+
+    /// Says whether `layer` must be had.
     #[must_use]
     pub fn level(mut self, layer: Layer, level: Level) -> Plan {
         self.levels[layer as usize] = level;
@@ -178,11 +265,20 @@ impl Plan {
         self
     }
 
+    /// The same plan with a system call, by its number, that the filter lets through whatever its arguments are. It is there to
+    /// show that [`crate::attempts`] find the hole.
+    #[must_use]
+    pub fn with_hole(mut self, call: i64) -> Plan {
+        self.hole = Some(call);
+        self
+    }
+
     pub(crate) fn wants(&self, layer: Layer) -> bool {
         !self.left_out[layer as usize]
     }
 
-    pub(crate) fn requires(&self, layer: Layer) -> bool {
+    /// Whether `layer` must be had.
+    pub fn requires(&self, layer: Layer) -> bool {
         self.levels[layer as usize] == Level::Require
     }
 }

@@ -53,7 +53,7 @@ pub fn change_user(run_as: Option<(u32, u32)>) -> Applied {
             become_user(wanted).map_err(|e| format!("become user {} of group {}: {e}", wanted.0, wanted.1))?
         }
         None if current.0 == 0 || getuid().is_root() => {
-            let own = FIRST_UID + rustix::process::getpid().as_raw_nonzero().get().unsigned_abs() % UIDS;
+            let own = FIRST_UID + sys::process::id() % UIDS;
             become_user((own, own))
                 .or_else(|_| become_user((NOBODY, NOBODY)))
                 .map_err(|e| format!("become another user than root: {e}"))?
@@ -76,19 +76,22 @@ fn become_user((uid, gid): (u32, u32)) -> Result<(u32, u32), Errno> {
 }
 
 /// Needs CAP_SETPCAP; a process without it cannot gain from its bounding set once no_new_privs is set.
-pub fn empty_bounding_set() -> Result<(), Errno> {
-    for bit in 0..u64::BITS {
-        match rustix::thread::remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit)) {
-            Ok(()) => {}
-            // One more than the kernel has.
-            Err(Errno::INVAL) => break,
-            Err(e) => return Err(e),
+pub fn empty_bounding_set() {
+    for capability in capabilities() {
+        if rustix::thread::remove_capability_from_bounding_set(capability).is_err() {
+            break;
         }
     }
-    Ok(())
 }
 
-pub fn drop_capabilities(bounding_empty: bool) -> Applied {
+/// Every capability that the kernel has.
+fn capabilities() -> impl Iterator<Item = CapabilitySet> {
+    let all = (0..u64::BITS).map(|bit| CapabilitySet::from_bits_retain(1 << bit));
+    // One more than the kernel has is an error.
+    all.take_while(|&capability| rustix::thread::capability_is_in_bounding_set(capability).is_ok())
+}
+
+pub fn drop_capabilities() -> Applied {
     let none = CapabilitySet::empty();
     let none = CapabilitySets { effective: none, permitted: none, inheritable: none };
     rustix::thread::clear_ambient_capability_set().map_err(failed("clear the ambient set"))?;
@@ -97,7 +100,8 @@ pub fn drop_capabilities(bounding_empty: bool) -> Applied {
     if left != none {
         return Err(format!("some are left: {left:?}"));
     }
-    let bounding = if bounding_empty { "" } else { " but in the bounding set, which an ordinary user cannot empty" };
+    let bounded = capabilities().any(|it| rustix::thread::capability_is_in_bounding_set(it) == Ok(true));
+    let bounding = if bounded { " but in the bounding set, which an ordinary user cannot empty" } else { "" };
     Ok(format!("none in any set{bounding}"))
 }
 

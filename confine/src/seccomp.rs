@@ -17,7 +17,7 @@ use seccompiler::{
 };
 
 use crate::rules::{self, Allowed, Check};
-use crate::{Denial, Role};
+use crate::{Denial, Plan};
 
 #[cfg(target_arch = "x86_64")]
 const ARCH: TargetArch = TargetArch::x86_64;
@@ -28,19 +28,23 @@ const ARCH: TargetArch = TargetArch::aarch64;
 type Rules = BTreeMap<i64, Vec<Rule>>;
 
 /// What is in force, or what is missing and why.
-pub fn apply(role: Role, denial: Denial) -> Result<String, String> {
-    install(role, denial)
-        .map(|calls| format!("leaves {calls} system calls, none of which opens anything"))
+pub fn apply(plan: &Plan) -> Result<String, String> {
+    let nothing = if plan.hole.is_some() { "one of which is a hole" } else { "none of which opens anything" };
+    install(plan)
+        .map(|calls| format!("leaves {calls} system calls, {nothing}"))
         .map_err(|e| format!("the kernel refused the filter: {e}"))
 }
 
 /// How many calls are left. Every thread that there is gets the filters, and those that will be inherit them.
-fn install(role: Role, denial: Denial) -> Result<usize, seccompiler::Error> {
+fn install(plan: &Plan) -> Result<usize, seccompiler::Error> {
     let hidden = Rules::from([(libc::SYS_clone3, vec![])]);
     let hidden = SeccompFilter::new(hidden, SeccompAction::Allow, errno(Errno::NOSYS), ARCH)?;
-    let rules = compile(rules::of(role))?;
+    let mut rules = compile(rules::of(plan.role))?;
+    if let Some(hole) = plan.hole {
+        rules.insert(hole, Vec::new());
+    }
     let calls = rules.len();
-    let denied = match denial {
+    let denied = match plan.denial {
         Denial::Refuse => errno(Errno::PERM),
         Denial::Kill => SeccompAction::KillProcess,
     };
@@ -107,6 +111,7 @@ fn conditions(check: Check) -> Result<Vec<Condition>, BackendError> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::Role;
 
     #[test]
     fn a_line_without_checks_never_shares_its_call_with_a_line_that_has_some() {

@@ -77,7 +77,7 @@ impl Announcement {
     /// Nothing can be written.
     pub fn make(self, daemon: &mut Daemon) -> Result<(), UsageError> {
         if let Some((path, mut file)) = self.pidfile {
-            let written = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+            let written = file.set_len(0).and_then(|()| writeln!(file, "{}", sys::process::id()));
             written.map_err(|e| UsageError(format!("cannot create PID file: {path}: {e}")))?;
             // Stays open: its lock says that the process lives.
             daemon.ledger.keep(file.into(), "the PID file");

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 
-use confine::{Plan, Role};
+use confine::{Layer, LayerReport, Plan, Requirement, Role};
 use std::time::Duration;
 
 use fdset::{FdPolicy, InUse, Lifetime, Quotas, Settings};
@@ -16,6 +16,7 @@ use qmp::{Definition, Member, PendingFds, Table, Type, Version};
 use serde_json::{Map, Value};
 use sys::signal::{self, Signals};
 
+use crate::attest::Probe;
 use crate::background::{self, Announcement, READY_OPTION};
 use crate::control::{self, Ends, MonitorSetup, Setup};
 use crate::opening::{Chardevs, Openings};
@@ -49,8 +50,10 @@ Serves disk images that arrive as descriptors. The process confines itself befor
   --export [type=]vhost-user-blk,id=ID,node-name=NODE,addr.type=unix,addr.path=PATH[,...]
                          as block-export-add; a socket is inherited, or made before the process is confined; a mounted,
                          non-blocking /dev/fuse is inherited
-  --confine require|best-effort
-                         whether every layer of confinement must be had; default require
+  --confine require|standard|best-effort|LAYER,LAYER...
+                         which layers of confinement must be had: all, all but namespaces and pid-namespace (the default),
+                         none, or these; the others are applied where they can be had
+  --attest               try every way out once confined, and end if one is open; query-confinement tells what was tried
   --fd-policy strict|compat
                          whether add-fd refuses descriptors that cannot be disks, or takes all as QEMU does; default strict
   --fdset-lifetime explicit|monitor|lease:SECONDS
@@ -105,6 +108,8 @@ struct Plans {
     confinement: Plan,
     ends: Ends,
     announcement: Announcement,
+    /// Whether it is to try and get out before it serves.
+    attest: bool,
     /// Files of sockets.
     bound: Vec<PathBuf>,
 }
@@ -131,8 +136,18 @@ pub fn run(style: Style, arguments: impl IntoIterator<Item = OsString>) -> Resul
     let signals = Signals::block(&[signal::INT, signal::TERM, signal::HUP]).map_err(failed("block signals"))?;
     let table = crate::commands::table();
     let Some(plans) = read(style, arguments, &table)? else { return Ok(()) };
-    let Plans { actions, openings, monitors, mut fdsets, fdset_events, confinement, ends, announcement, mut bound } =
-        plans;
+    let Plans {
+        actions,
+        openings,
+        monitors,
+        mut fdsets,
+        fdset_events,
+        confinement,
+        ends,
+        announcement,
+        attest,
+        mut bound,
+    } = plans;
     sys::fd::close_inherited().map_err(failed("close what was inherited"))?;
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     fdsets.quotas.total = fdsets.quotas.total.or_else(|| Some(reserve::sets_share(limit)));
@@ -143,12 +158,19 @@ pub fn run(style: Style, arguments: impl IntoIterator<Item = OsString>) -> Resul
         true => None,
         false => Some(Sweeper::start(&bound).map_err(failed("start what cleans up in the end"))?),
     };
+    let probe = if attest { Some(Probe::prepare().map_err(failed("open what is to be tried"))?) } else { None };
     let confined = confine::confine(&confinement).map_err(|e| UsageError(e.to_string()))?;
+    // A daemon that was started by hand always lacks this one, and tells so when it is asked.
+    for LayerReport { layer, detail, .. } in confined.report().missing().filter(|it| it.layer != Layer::PidNamespace) {
+        tracing::warn!("confined without the layer '{layer}': {detail}");
+    }
+    let attested = probe.map(|probe| probe.attest(confined.report(), &confinement)).transpose()?;
     let setup = Setup { monitors, fdsets, fdset_events, signals, ends, inflight };
     let startup = |table: &Table<Daemon>, daemon: &mut Daemon| {
         if let Some(sweeper) = &sweeper {
             daemon.ledger.enter(sweeper.as_fd().as_raw_fd(), "what cleans up in the end");
         }
+        daemon.attested = attested;
         act(table, daemon, openings, actions)?;
         announcement.make(daemon).map_err(|e| qmp::Error::generic(e.0))
     };
@@ -182,9 +204,10 @@ fn read(
         // With a life time, running nodes can still be reopened from their sets when the client has gone.
         fdsets: Settings { policy: style.fd_policy, in_use: InUse::Keep, ..Settings::default() },
         fdset_events: FdsetEvents::default(),
-        confinement: Plan::new(Role::Daemon),
+        confinement: Plan::new(Role::Daemon).requiring(Requirement::default()),
         ends: Ends::default(),
         announcement: Announcement::default(),
+        attest: false,
         bound: Vec::new(),
     };
     let mut arguments = arguments.into_iter();
@@ -202,6 +225,10 @@ fn read(
             "version" | "V" => return print(&format!("{} {}\n", style.name, env!("CARGO_PKG_VERSION"))),
             "ends-with-monitors" => {
                 plans.ends.with_monitors = true;
+                continue;
+            }
+            "attest" => {
+                plans.attest = true;
                 continue;
             }
             "ends-with-clients" => {
@@ -295,11 +322,10 @@ fn read(
             "pidfile" => plans.announcement.pidfile(value)?,
             "trace" => {}
             READY_OPTION => plans.announcement.ready(&value)?,
-            "confine" => match value.as_str() {
-                "require" => plans.confinement = Plan::new(Role::Daemon),
-                "best-effort" => plans.confinement = Plan::new(Role::Daemon).best_effort(),
-                _ => return Err(UsageError(format!("--confine takes 'require' or 'best-effort', not '{value}'"))),
-            },
+            "confine" => {
+                let requirement = value.parse().map_err(|e| UsageError(format!("--confine: {e}")))?;
+                plans.confinement = Plan::new(Role::Daemon).requiring(requirement);
+            }
             "fd-policy" => match value.as_str() {
                 "strict" => plans.fdsets.policy = FdPolicy::Strict,
                 "compat" => plans.fdsets.policy = FdPolicy::Compat,

@@ -237,8 +237,7 @@ impl Monitor {
     }
 
     fn welcome(&mut self, socket: OwnedFd, table: &Table<Daemon>, daemon: &mut Daemon) -> io::Result<()> {
-        let peer = rustix::net::sockopt::socket_peercred(&socket).ok();
-        let peer = peer.map(|peer| Peer { pid: peer.pid.as_raw_nonzero().get(), uid: peer.uid.as_raw() });
+        let peer = sys::process::peer(&socket).ok().map(|sys::process::Peer { pid, uid }| Peer { pid, uid });
         let mut connection = Connection::new(socket)?;
         let session = Session::new(self.pretty);
         connection.send(&session.greeting(table));

@@ -61,6 +61,8 @@ pub struct Speaker {
 pub struct Daemon {
     /// The proof, and what it consists of.
     pub confined: Confined,
+    /// What became of the attempts that it made to get out when it started, if it made any.
+    pub attested: Option<Vec<confine::attempts::Outcome>>,
     /// What was passed for nodes.
     pub fdsets: Arc<FdSets>,
     /// What the sets refuse.
@@ -113,6 +115,7 @@ impl Daemon {
         ledger.enter(wake.as_fd().as_raw_fd(), "wake-ups");
         Daemon {
             confined,
+            attested: None,
             fdsets,
             policy: settings.policy,
             wants: Wants::default(),

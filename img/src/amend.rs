@@ -3,6 +3,8 @@
 
 use block::format_named;
 
+use confine::Requirement;
+
 use crate::disk::{Disk, Named, Usage, format_of};
 use crate::options;
 use crate::secrets::Secrets;
@@ -18,8 +20,8 @@ pub struct Request {
     pub options: Vec<String>,
     /// Secrets that they name.
     pub secrets: Secrets,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// Amends; the exit status.
@@ -27,7 +29,7 @@ pub struct Request {
 /// # Errors
 /// The image cannot be opened or changed that way.
 pub fn run(request: Request) -> Result<u8> {
-    confine(request.best_effort)?;
+    confine(request.confinement)?;
     let disk = Disk::file(request.image, Usage { writable: true, force_share: false })?;
     let format = format_of(&disk.node, request.format.as_deref())?;
     let known = format_named(&format).map_or(&[][..], |format| format.create_options);

@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use block::{BlockNode, Wait};
 
+use confine::Requirement;
+
 use crate::disk::{Disk, Layer, Usage};
 use crate::tool::{Error, Result, confine, say};
 
@@ -31,8 +33,8 @@ pub struct Request {
     pub drains: bool,
     /// Others may write at the same time.
     pub force_share: bool,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// Measures; the exit status.
@@ -40,7 +42,7 @@ pub struct Request {
 /// # Errors
 /// The image cannot be opened, or a request fails.
 pub fn run(request: Request) -> Result<u8> {
-    confine(request.best_effort)?;
+    confine(request.confinement)?;
     let writes = request.pattern.is_some();
     let disk = Disk::open(request.layers, Usage { writable: writes, force_share: request.force_share })?;
     say(&format!(

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use block::BlockNode;
 use block::bitmap::Bitmap;
 
+use confine::Requirement;
+
 use crate::disk::{Disk, Layer, Usage};
 use crate::tool::{Error, Result, confine};
 
@@ -39,8 +41,8 @@ pub struct Request {
     pub name: String,
     /// In order. When one fails, those before it are done all the same.
     pub actions: Vec<Action>,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// Does it; the exit status.
@@ -48,8 +50,8 @@ pub struct Request {
 /// # Errors
 /// An image cannot be opened, or an action cannot be done, in QEMU's words.
 pub fn run(request: Request) -> Result<u8> {
-    let Request { layer, source, name, actions, best_effort } = request;
-    confine(best_effort)?;
+    let Request { layer, source, name, actions, confinement } = request;
+    confine(confinement)?;
     let disk = Disk::open(vec![layer], Usage { writable: true, force_share: false })?;
     let source = source.map(|source| Disk::open(vec![source], Usage::default())).transpose()?;
     let from = source.as_ref().map_or(&disk.node, |source| &source.node);

@@ -4,6 +4,8 @@
 use block::{CheckReport, Repair};
 use serde_json::{Map, Value, json};
 
+use confine::Requirement;
+
 use crate::disk::{Disk, Named, Usage, format_of};
 use crate::tool::{Result, confine, say, say_json, warn};
 
@@ -21,8 +23,8 @@ pub struct Request {
     pub quiet: bool,
     /// Others may write at the same time.
     pub force_share: bool,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// What `-r` says.
@@ -46,7 +48,7 @@ const UNSUPPORTED: u8 = 63;
 /// The image cannot be opened.
 pub fn run(request: Request) -> Result<u8> {
     let Request { image, format, repair, json, quiet, .. } = request;
-    confine(request.best_effort)?;
+    confine(request.confinement)?;
     let name = image.name.clone();
     let writable = repair != Repair::Nothing;
     let disk = Disk::file(image, Usage { writable, force_share: request.force_share })?;

@@ -3,6 +3,8 @@
 
 use block::{BlockNode, Preallocation, Wait, ZeroFlags};
 
+use confine::Requirement;
+
 use crate::disk::{Disk, Layer, Usage};
 use crate::progress::Progress;
 use crate::source::failed;
@@ -23,8 +25,8 @@ pub struct Request {
     pub progress: bool,
     /// Say nothing but errors.
     pub quiet: bool,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// Commits; the exit status. The top is emptied when everything below is on disk.
@@ -32,8 +34,8 @@ pub struct Request {
 /// # Errors
 /// An image cannot be opened, read, written or resized.
 pub fn run(request: Request) -> Result<u8> {
-    let Request { upper, lower, empties, progress, quiet, best_effort } = request;
-    confine(best_effort)?;
+    let Request { upper, lower, empties, progress, quiet, confinement } = request;
+    confine(confinement)?;
     // The two are opened apart: what the lower one is written must be nobody's backing file meanwhile.
     let upper = Disk::open(upper, Usage { writable: empties, force_share: false })?;
     let lower = Disk::open(lower, Usage { writable: true, force_share: false })?;

@@ -3,6 +3,8 @@
 
 use block::{BlockNode, ExtentKind, Wait};
 
+use confine::Requirement;
+
 use crate::disk::{Disk, Layer, Usage};
 use crate::tool::{Error, Result, confine, say};
 
@@ -19,8 +21,8 @@ pub struct Request {
     pub quiet: bool,
     /// Others may write at the same time.
     pub force_share: bool,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// Compares; the exit status is 0 for identical images, 1 for others.
@@ -28,8 +30,8 @@ pub struct Request {
 /// # Errors
 /// An image cannot be opened or read.
 pub fn run(request: Request) -> Result<u8> {
-    let Request { images: [one, two], strict, quiet, force_share, best_effort } = request;
-    confine(best_effort)?;
+    let Request { images: [one, two], strict, quiet, force_share, confinement } = request;
+    confine(confinement)?;
     let usage = Usage { writable: false, force_share };
     let (one, two) = (Disk::open(one, usage)?, Disk::open(two, usage)?);
     let tell = |text: String| if quiet { Ok(()) } else { say(&text) };

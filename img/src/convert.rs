@@ -9,6 +9,8 @@ use std::sync::{Mutex, PoisonError};
 
 use block::{BlockNode, CreateRequest, OptionValue, Options, ZeroFlags};
 
+use confine::Requirement;
+
 use crate::disk::{Disk, Layer, Named, Usage};
 use crate::progress::Progress;
 use crate::source::{Kind, Manner, Source, failed};
@@ -66,8 +68,8 @@ pub struct Request {
     pub threads: usize,
     /// Show how far it is.
     pub progress: bool,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// Converts. On success the target is on disk.
@@ -75,8 +77,8 @@ pub struct Request {
 /// # Errors
 /// An image cannot be opened, made, read or written.
 pub fn run(request: Request) -> Result<()> {
-    let Request { sources, manner, part, target, compress, sparse, bitmaps, threads, progress, best_effort } = request;
-    confine(best_effort)?;
+    let Request { sources, manner, part, target, compress, sparse, bitmaps, threads, progress, confinement } = request;
+    confine(confinement)?;
     let mut source = Source::open(sources, manner)?;
     if let Some((skip, len)) = part {
         source = source.part(skip, len);

@@ -4,6 +4,8 @@
 use block::{Facts, InfoValue, Snapshot};
 use serde_json::{Map, Value, json};
 
+use confine::Requirement;
+
 use crate::disk::{Disk, Layer, Usage};
 use crate::options::human;
 use crate::snapshot;
@@ -21,8 +23,8 @@ pub struct Request {
     pub json: bool,
     /// Others may write at the same time.
     pub force_share: bool,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// Tells; the exit status.
@@ -30,7 +32,7 @@ pub struct Request {
 /// # Errors
 /// An image cannot be opened.
 pub fn run(request: Request) -> Result<u8> {
-    confine(request.best_effort)?;
+    confine(request.confinement)?;
     let mut answers = Vec::new();
     let mut texts = Vec::new();
     for (layer, directory) in request.layers.into_iter().zip(request.directories) {

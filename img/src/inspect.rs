@@ -4,7 +4,7 @@
 use std::io::{self, Write};
 
 use block::{Graph, Host, NodeAccess, NodeSpec};
-use confine::{Plan, Role};
+use confine::{Plan, Requirement, Role};
 use serde_json::{Map, Value, json};
 
 /// Why there is no answer. What is wrong with an image is an answer.
@@ -25,11 +25,11 @@ pub enum InspectError {
 ///
 /// # Errors
 /// Those of [`InspectError`].
-pub fn run(format: Option<&str>, best_effort: bool) -> Result<(), InspectError> {
+pub fn run(format: Option<&str>, confinement: Requirement) -> Result<(), InspectError> {
     let image = sys::fd::standard_input().map_err(InspectError::Input)?;
     let plan = Plan::new(Role::Inspector);
     sys::fd::close_inherited().map_err(InspectError::Input)?;
-    confine::confine(&if best_effort { plan.best_effort() } else { plan })?;
+    confine::confine(&plan.requiring(confinement))?;
     let answer = inspect(image, format).unwrap_or_else(|e| json!({ "error": e.to_string() }));
     io::stdout().write_all(format!("{answer}\n").as_bytes()).map_err(InspectError::Output)
 }

@@ -24,3 +24,5 @@ pub mod snapshot;
 pub mod source;
 mod stream;
 pub mod tool;
+
+pub use confine::Requirement;

@@ -3,6 +3,8 @@
 
 use block::Place;
 
+use confine::Requirement;
+
 use crate::disk::{Disk, Layer, Usage};
 use crate::tool::{Error, Result, confine, say};
 
@@ -18,8 +20,8 @@ pub struct Request {
     pub json: bool,
     /// Others may write at the same time.
     pub force_share: bool,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// Tells; the exit status.
@@ -27,8 +29,8 @@ pub struct Request {
 /// # Errors
 /// The image cannot be opened or followed.
 pub fn run(request: Request) -> Result<u8> {
-    let Request { layers, start, len, json, force_share, best_effort } = request;
-    confine(best_effort)?;
+    let Request { layers, start, len, json, force_share, confinement } = request;
+    confine(confinement)?;
     let disk = Disk::open(layers, Usage { writable: false, force_share })?;
     let end = len.map_or(disk.node.len(), |len| start.saturating_add(len).min(disk.node.len()));
     let heading = format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to");

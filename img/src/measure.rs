@@ -4,6 +4,8 @@
 use block::{ExtentKind, OptionValue, Options};
 use serde_json::json;
 
+use confine::Requirement;
+
 use crate::disk::{Disk, Layer, Usage};
 use crate::tool::{Error, Result, confine, say, say_json};
 
@@ -27,8 +29,8 @@ pub struct Request {
     pub json: bool,
     /// Others may write at the same time.
     pub force_share: bool,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// Tells; the exit status.
@@ -36,8 +38,8 @@ pub struct Request {
 /// # Errors
 /// The image cannot be opened, or the format cannot be measured.
 pub fn run(request: Request) -> Result<u8> {
-    let Request { source, format, options, json, force_share, best_effort } = request;
-    confine(best_effort)?;
+    let Request { source, format, options, json, force_share, confinement } = request;
+    confine(confinement)?;
     let number = |name: &str, default: u64| match options.get(name) {
         Some(OptionValue::Size(number)) => *number,
         _ => default,

@@ -4,6 +4,8 @@
 
 use block::{BlockNode, OptionValue, Options, Wait, ZeroFlags};
 
+use confine::Requirement;
+
 use crate::convert::is_zero;
 use crate::disk::{Disk, Layer, Named, Usage};
 use crate::progress::Progress;
@@ -37,8 +39,8 @@ pub struct Request {
     pub backing_format: Option<String>,
     /// `None` changes the name alone, whatever the guest sees then.
     pub compared: Option<Compared>,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// Rebases; the exit status. The name changes when everything that the image gets is on disk.
@@ -46,8 +48,8 @@ pub struct Request {
 /// # Errors
 /// An image cannot be opened, read, written, or have such a backing file.
 pub fn run(request: Request) -> Result<u8> {
-    let Request { image, format, backing, backing_format, compared, best_effort } = request;
-    confine(best_effort)?;
+    let Request { image, format, backing, backing_format, compared, confinement } = request;
+    confine(confinement)?;
     if let Some(compared) = compared {
         fill(compared)?;
     }

@@ -3,6 +3,8 @@
 
 use block::Preallocation;
 
+use confine::Requirement;
+
 use crate::disk::{Disk, Layer, Usage};
 use crate::tool::{Error, Result, confine, say, warn};
 
@@ -37,8 +39,8 @@ pub struct Request {
     pub preallocation: Preallocation,
     /// Say nothing but errors.
     pub quiet: bool,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// Resizes; the exit status.
@@ -46,7 +48,7 @@ pub struct Request {
 /// # Errors
 /// The image cannot be opened, or have that size.
 pub fn run(request: Request) -> Result<u8> {
-    confine(request.best_effort)?;
+    confine(request.confinement)?;
     let disk = Disk::open(request.layers, Usage { writable: true, force_share: false })?;
     let now = disk.node.len();
     let wanted = match request.wanted {

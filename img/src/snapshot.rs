@@ -5,6 +5,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::Snapshot;
 
+use confine::Requirement;
+
 use crate::disk::{Disk, Layer, Usage};
 use crate::options::human;
 use crate::tool::{Error, Result, confine, printable, say};
@@ -31,8 +33,8 @@ pub struct Request {
     pub action: Action,
     /// Others may write at the same time.
     pub force_share: bool,
-    /// Go on without a layer of confinement that cannot be had.
-    pub best_effort: bool,
+    /// Which layers of confinement must be had.
+    pub confinement: Requirement,
 }
 
 /// Does it; the exit status.
@@ -40,8 +42,8 @@ pub struct Request {
 /// # Errors
 /// The image cannot be opened, or keeps no such state.
 pub fn run(request: Request) -> Result<u8> {
-    let Request { layer, action, force_share, best_effort } = request;
-    confine(best_effort)?;
+    let Request { layer, action, force_share, confinement } = request;
+    confine(confinement)?;
     let disk = Disk::open(vec![layer], Usage { writable: action != Action::List, force_share })?;
     let kept = disk.node.snapshots();
     match &action {

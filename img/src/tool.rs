@@ -3,7 +3,7 @@
 
 use std::io::{self, Write};
 
-use confine::{Plan, Role};
+use confine::{Plan, Requirement, Role};
 
 /// Why a verb was not done.
 #[derive(Debug, thiserror::Error)]
@@ -28,12 +28,12 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// Confines the process: from here on it opens nothing. What it was told to work on is open already.
 ///
 /// # Errors
-/// A layer cannot be had, unless `best_effort`.
-pub fn confine(best_effort: bool) -> Result<()> {
+/// A layer that `confinement` requires cannot be had.
+pub fn confine(confinement: Requirement) -> Result<()> {
     // Its rules stand in a file, which is out of reach afterwards.
     sys::clock::learn_zone();
     let plan = Plan::new(Role::Tool);
-    confine::confine(&if best_effort { plan.best_effort() } else { plan })?;
+    confine::confine(&plan.requiring(confinement))?;
     Ok(())
 }
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The confined daemon as the manager sees it: a child process with one socket.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use qmp::{Client, ClientError};
@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde_json::{Map, Value, json};
+use sys::spawn::Child;
 
 use crate::inspector::Program;
 use crate::{Error, Result};
@@ -27,6 +28,8 @@ pub struct Launch {
     pub ends_with_clients: bool,
     /// Whether it lets go of standard error once it is ready.
     pub background: bool,
+    /// Whether it tries every way out before it serves, and ends if one is open.
+    pub attest: bool,
     /// Whether a Ctrl-C is for its manager alone, which has something to do before the daemon ends.
     pub deaf_to_terminal: bool,
     /// Whether it goes on when its manager has gone.
@@ -70,37 +73,37 @@ impl Daemon {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(io::Error::from)
             .map_err(Error::process(doing))?;
-        let mut command = program.verb("daemon");
-        command.args(["--chardev", "socket,id=manager,fd=0", "--monitor", "manager"]);
+        let mut arguments: Vec<String> =
+            ["--chardev", "socket,id=manager,fd=0", "--monitor", "manager"].map(str::to_owned).to_vec();
         if !launch.survives {
-            command.arg("--ends-with-monitors");
+            arguments.push("--ends-with-monitors".into());
+        }
+        if launch.attest {
+            arguments.push("--attest".into());
         }
         let pipe = if launch.background { Some(sys::background::pipe().map_err(Error::process(doing))?) } else { None };
         if let Some((_, theirs)) = &pipe {
-            command.arg(format!("--ready-fd={}", theirs.as_raw_fd()));
+            arguments.push(format!("--ready-fd={}", theirs.as_raw_fd()));
         }
         if launch.ends_with_clients {
-            command.arg("--ends-with-clients");
+            arguments.push("--ends-with-clients".into());
         }
         if let Some(listener) = &launch.monitor {
             // The one descriptor besides the standard streams that the daemon inherits.
             fcntl_setfd(listener, FdFlags::empty()).map_err(io::Error::from).map_err(Error::process(doing))?;
             let chardev = format!("socket,id=others,fd={},server=on,wait=off", listener.as_raw_fd());
-            command.args(["--chardev", &chardev, "--monitor", "others"]);
+            arguments.extend(["--chardev".into(), chardev, "--monitor".into(), "others".into()]);
         }
-        command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
-        if launch.deaf_to_terminal {
-            command.process_group(0);
-        }
-        let spawned = command.spawn();
+        let null = File::options().write(true).open("/dev/null").map_err(Error::process(doing))?;
+        let spawned = program.isolated("daemon", arguments, theirs.as_fd(), null.as_fd(), launch.deaf_to_terminal);
         if let Some(listener) = &launch.monitor {
             // It stays here for the next daemon, and is none of other children's business.
             fcntl_setfd(listener, FdFlags::CLOEXEC).map_err(io::Error::from).map_err(Error::process(doing))?;
         }
         let child = spawned.map_err(Error::process(doing))?;
         // The pipe's other end stays open until the daemon has greeted, and so has written to it.
-        // Our copy of the daemon's end goes with the command: if the daemon dies, the socket says so.
-        drop(command);
+        // Our copy of the daemon's end goes: if the daemon dies, the socket says so.
+        drop(theirs);
         match Client::with_timeout(ours, launch.patience) {
             Ok(client) => Ok(Daemon { process: Process::Child(child), client }),
             Err(source) => {
@@ -136,7 +139,7 @@ impl Daemon {
     /// The daemon's process id.
     pub fn pid(&self) -> u32 {
         match &self.process {
-            Process::Child(child) => child.id(),
+            Process::Child(child) => child.pid().as_raw_nonzero().get().unsigned_abs(),
             Process::Adopted { pid, .. } => *pid,
         }
     }
@@ -159,6 +162,18 @@ impl Daemon {
         self.client
             .execute(command, arguments, fds)
             .map_err(|source| Error::Daemon { command: command.to_owned(), source })
+    }
+
+    /// The layers of confinement that are not in force: names, and why not.
+    ///
+    /// # Errors
+    /// The daemon has gone.
+    pub fn missing_layers(&mut self) -> Result<Vec<String>> {
+        let confinement = self.execute("query-confinement", Value::Null, &[])?;
+        let layers = confinement["layers"].as_array().into_iter().flatten();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let missing = layers.filter(|layer| layer["in-force"] != true);
+        Ok(missing.map(|layer| format!("{}: {}", text(&layer["name"]), text(&layer["detail"]))).collect())
     }
 
     /// Closes an export on its clients, and returns when its node is free.
@@ -190,8 +205,7 @@ impl Daemon {
     pub fn pidfd(&self) -> io::Result<OwnedFd> {
         match &self.process {
             Process::Child(child) => {
-                let pid = rustix::process::Pid::from_child(child);
-                Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
+                Ok(rustix::process::pidfd_open(child.pid(), rustix::process::PidfdFlags::empty())?)
             }
             Process::Adopted { pidfd, .. } => pidfd.try_clone(),
         }

@@ -4,11 +4,15 @@
 //! The inspector is this same program, started once per image with the image as its standard input and nothing else. It
 //! confines itself, reads the header, answers one JSON object, and ends.
 
+use std::ffi::CString;
 use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
+use rustix::pipe::{PipeFlags, pipe_with};
 use serde::Deserialize;
+use sys::spawn::{self, Child, Launch};
 
 use crate::{Error, Result};
 
@@ -64,11 +68,18 @@ impl Program {
         Program { executable: this().unwrap_or_else(|| self.executable.clone()), ..self.clone() }
     }
 
-    /// The program, started with a verb.
-    pub(crate) fn verb(&self, verb: &str) -> Command {
-        let mut command = Command::new(&self.executable);
-        command.arg(verb).args(&self.confinement).env_clear();
-        command
+    /// The program, started with a verb in a pid namespace of its own where the kernel grants one.
+    pub(crate) fn isolated(
+        &self,
+        verb: &str,
+        arguments: Vec<String>,
+        stdin: BorrowedFd<'_>,
+        stdout: BorrowedFd<'_>,
+        own_group: bool,
+    ) -> io::Result<Child> {
+        let words = std::iter::once(verb.to_owned()).chain(self.confinement.iter().cloned()).chain(arguments);
+        let arguments = words.map(CString::new).collect::<std::result::Result<_, _>>()?;
+        spawn::start(&Launch { program: self.executable.as_os_str(), arguments, stdin, stdout, own_group, alone: true })
     }
 
     /// What the image in `file` says about itself; `format` keeps the inspector from guessing.
@@ -77,21 +88,25 @@ impl Program {
     /// The inspector cannot be started, or refuses the image.
     pub fn inspect(&self, file: &File, path: &Path, format: Option<&str>) -> Result<Inspection> {
         let doing = "could not run the confined inspector";
-        let image = file.try_clone().map_err(Error::process(doing))?;
-        let mut command = self.verb("inspect");
-        if let Some(format) = format {
-            command.args(["--format", format]);
-        }
-        let output =
-            command.stdin(Stdio::from(image)).stderr(Stdio::inherit()).output().map_err(Error::process(doing))?;
+        let arguments = format.map(|format| vec!["--format".to_owned(), format.to_owned()]).unwrap_or_default();
+        let (answer, theirs) = pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from).map_err(Error::process(doing))?;
+        let mut child =
+            self.isolated("inspect", arguments, file.as_fd(), theirs.as_fd(), false).map_err(Error::process(doing))?;
+        drop(theirs);
+        let mut said = Vec::new();
+        // One byte more than is taken: the rest ends the inspector, whom nobody listens to any more.
+        let most = MAX_ANSWER as u64 + 1;
+        let read = File::from(answer).take(most).read_to_end(&mut said);
+        let status = child.wait().map_err(Error::process(doing))?;
+        read.map_err(Error::process(doing))?;
         let refused = |text: String| Error::Image { path: path.to_owned(), text };
-        if output.stdout.len() > MAX_ANSWER {
+        if said.len() > MAX_ANSWER {
             return Err(refused("the inspector's answer is too long".into()));
         }
-        match serde_json::from_slice(&output.stdout) {
+        match serde_json::from_slice(&said) {
             Ok(Answer::Inspection(inspection)) => Ok(inspection),
             Ok(Answer::Error { error }) => Err(refused(error)),
-            Err(_) => Err(refused(format!("the inspector ended without an answer ({})", output.status))),
+            Err(_) => Err(refused(format!("the inspector ended without an answer ({status})"))),
         }
     }
 }

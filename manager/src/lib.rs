@@ -6,8 +6,9 @@
 //! the confined daemon and talks QMP to it, and [`kept`] starts another when it dies, by the [`journal`] of what it was passed
 //! and told; [`disk`] passes it the descriptors of a chain and says what to build of them. [`fuse`] mounts what the daemon
 //! serves as a file. [`overlay`] keeps an image as it is. [`serve`] puts these together for one
-//! disk, [`service`] for many users.
+//! disk, [`service`] for many users. [`attest`] lays out bait for a confined process.
 
+pub mod attest;
 pub mod chain;
 pub mod daemon;
 pub mod disk;

@@ -134,6 +134,7 @@ pub fn serve(program: &Program, request: Request) -> Result<Served> {
         monitor,
         ends_with_clients: export.until_unused,
         background: export.background,
+        attest: true,
         deaf_to_terminal: file.is_some(),
         ..Launch::default()
     };
@@ -259,6 +260,14 @@ impl Served {
         self.kept.execute_resumable("block-export-add", export, json!({ "resumed": true }), &[])?;
         self.file = Some(mount.attach()?);
         Ok(())
+    }
+
+    /// The layers of confinement that its daemon lacks: names, and why.
+    ///
+    /// # Errors
+    /// The daemon has gone.
+    pub fn missing_layers(&mut self) -> Result<Vec<String>> {
+        self.kept.daemon()?.missing_layers()
     }
 
     /// The process id of the daemon that serves it now; `None` between two.

@@ -94,7 +94,7 @@ pub fn commit(verb: Commit) -> anyhow::Result<u8> {
         empties,
         progress: shows_progress(verb.progress, common),
         quiet: common.quiet,
-        best_effort: common.best_effort(),
+        confinement: common.requirement(),
     })?)
 }
 
@@ -170,6 +170,6 @@ pub fn rebase(verb: Rebase) -> anyhow::Result<u8> {
         backing,
         backing_format: verb.new_format,
         compared,
-        best_effort: common.best_effort(),
+        confinement: common.requirement(),
     })?)
 }

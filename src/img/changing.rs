@@ -50,7 +50,7 @@ pub fn amend(verb: Amend) -> anyhow::Result<u8> {
         format: asked.format,
         options: verb.options,
         secrets: verb.common.secrets()?,
-        best_effort: verb.common.best_effort(),
+        confinement: verb.common.requirement(),
     })?)
 }
 
@@ -68,6 +68,6 @@ pub fn resize(verb: Resize) -> anyhow::Result<u8> {
         shrink: verb.shrink,
         preallocation: ::img::resize::preallocation(&verb.preallocation)?,
         quiet: verb.common.quiet,
-        best_effort: verb.common.best_effort(),
+        confinement: verb.common.requirement(),
     })?)
 }

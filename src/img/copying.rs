@@ -169,7 +169,7 @@ pub fn convert(verb: Convert) -> anyhow::Result<u8> {
         bitmaps: verb.bitmaps.then_some(verb.skip_broken_bitmaps),
         threads: verb.threads.map_or(processors.min(16), usize::from),
         progress: !common.quiet && (verb.progress || std::io::stdout().is_terminal()),
-        best_effort: common.best_effort(),
+        confinement: common.requirement(),
     })?;
     new.map_or(Ok(()), NewImage::publish)?;
     Ok(0)
@@ -233,7 +233,7 @@ pub fn dd(verb: Dd) -> anyhow::Result<u8> {
         bitmaps: None,
         threads: 1,
         progress: false,
-        best_effort: common.best_effort(),
+        confinement: common.requirement(),
     })?;
     new.publish()?;
     Ok(0)

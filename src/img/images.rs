@@ -71,8 +71,8 @@ pub struct Output {
 }
 
 impl Common {
-    pub fn best_effort(&self) -> bool {
-        self.confinement.confine == "best-effort"
+    pub fn requirement(&self) -> ::img::Requirement {
+        self.confinement.confine
     }
 
     /// The passphrases that `--object` names.

@@ -127,8 +127,8 @@ pub fn bitmap(verb: Bitmap) -> anyhow::Result<u8> {
         }
         _ => None,
     };
-    let best_effort = common.best_effort();
-    Ok(::img::bitmap::run(::img::bitmap::Request { layer, source, name: verb.name, actions, best_effort })?)
+    let confinement = common.requirement();
+    Ok(::img::bitmap::run(::img::bitmap::Request { layer, source, name: verb.name, actions, confinement })?)
 }
 
 pub fn snapshot(verb: Snapshot) -> anyhow::Result<u8> {
@@ -144,6 +144,6 @@ pub fn snapshot(verb: Snapshot) -> anyhow::Result<u8> {
         layer: verb.common.alone(&verb.image, verb.format.as_deref(), rights)?,
         action,
         force_share: verb.common.force_share,
-        best_effort: verb.common.best_effort(),
+        confinement: verb.common.requirement(),
     })?)
 }

@@ -111,7 +111,7 @@ pub fn check(verb: Check) -> anyhow::Result<u8> {
         json: verb.output.is_json(),
         quiet: verb.common.quiet,
         force_share: verb.common.force_share,
-        best_effort: verb.common.best_effort(),
+        confinement: verb.common.requirement(),
     })?)
 }
 
@@ -124,7 +124,7 @@ pub fn compare(verb: Compare) -> anyhow::Result<u8> {
         strict: verb.strict,
         quiet: common.quiet,
         force_share: common.force_share,
-        best_effort: common.best_effort(),
+        confinement: common.requirement(),
     })?)
 }
 
@@ -145,7 +145,7 @@ pub fn info(verb: Info) -> anyhow::Result<u8> {
         chain: verb.backing_chain,
         json: verb.output.is_json(),
         force_share: common.force_share,
-        best_effort: common.best_effort(),
+        confinement: common.requirement(),
     })?)
 }
 
@@ -157,7 +157,7 @@ pub fn map(verb: Map) -> anyhow::Result<u8> {
         len: verb.max_length,
         json: verb.output.is_json(),
         force_share: common.force_share,
-        best_effort: common.best_effort(),
+        confinement: common.requirement(),
     })?)
 }
 
@@ -176,6 +176,6 @@ pub fn measure(verb: Measure) -> anyhow::Result<u8> {
         options,
         json: verb.output.is_json(),
         force_share: common.force_share,
-        best_effort: common.best_effort(),
+        confinement: common.requirement(),
     })?)
 }

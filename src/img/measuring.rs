@@ -93,6 +93,6 @@ pub fn bench(verb: Bench) -> anyhow::Result<u8> {
         flush_interval,
         drains: !verb.no_drain,
         force_share: common.force_share,
-        best_effort: common.best_effort(),
+        confinement: common.requirement(),
     })?)
 }

@@ -6,6 +6,9 @@
 //! and `EACCES` (or `ENOSYS`: there is no such call) mean that the way is closed; any other error means that it is open.
 #![allow(clippy::missing_errors_doc, reason = "every function here answers with the errno of the call that it names")]
 
+pub mod ring;
+pub mod sockets;
+
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};

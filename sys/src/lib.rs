@@ -5,8 +5,8 @@
 //! [`attempt`] makes calls that a confined process must not be able to make, [`clock`] tells local time to one,
 //! [`fd`] takes ownership of inherited descriptors, [`file`] does positioned I/O that may refuse to sleep,
 //! [`disk`] asks block devices for their size, [`guest`] reaches memory that a guest shares, [`scatter`] reads files into it,
-//! `sigbus` survives its loss, [`memory`] tells the allocator its limits, [`signal`] turns signals into a readable
-//! descriptor.
+//! `sigbus` survives its loss, [`memory`] tells the allocator its limits, [`process`] knows who a process is,
+//! [`signal`] turns signals into a readable descriptor, [`spawn`] starts a process that sees no other.
 
 pub mod attempt;
 pub mod background;
@@ -17,6 +17,8 @@ pub mod file;
 pub mod guest;
 pub mod lock;
 pub mod memory;
+pub mod process;
 pub mod scatter;
 mod sigbus;
 pub mod signal;
+pub mod spawn;

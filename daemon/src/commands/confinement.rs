@@ -4,12 +4,13 @@
 use std::ffi::CString;
 use std::os::fd::AsFd;
 
-use confine::attempts::{self, Bait};
+use confine::attempts::{self, Bait, Outcome};
 use fdset::{Access, Dup};
 use qmp::{Call, Command, Definition, Error, Member, Type};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::attest;
 use crate::state::Daemon;
 
 pub fn types() -> Vec<Definition> {
@@ -17,7 +18,11 @@ pub fn types() -> Vec<Definition> {
         Definition::structure(
             "ConfinementLayer",
             [
-                Member::required("name", Type::Str, "The layer: `privileges`, `landlock`, `seccomp`."),
+                Member::required(
+                    "name",
+                    Type::Str,
+                    "The layer: `limits`, `user`, `namespaces`, `pid-namespace`, `capabilities`, `no-new-privs`, `not-dumpable`, `landlock` or `seccomp`.",
+                ),
                 Member::required("in-force", Type::Bool, "Whether all of it is in force."),
                 Member::required("detail", Type::Str, "What it does, or what is missing and why."),
             ],
@@ -26,9 +31,12 @@ pub fn types() -> Vec<Definition> {
         Definition::structure(
             "ConfinementAttempt",
             [
-                Member::required("what", Type::Str, "What was tried."),
-                Member::required("denied", Type::Bool, "Whether the kernel denied it."),
+                Member::required("name", Type::Str, "A short name of the attempt that stays."),
+                Member::required("what", Type::Str, "What was tried, on what."),
+                Member::required("on", Type::Str, "On what; empty if on nothing in particular."),
+                Member::required("denied", Type::Bool, "Whether the kernel denied it, or could not find what exists."),
                 Member::required("errno", Type::Str, "What the kernel said."),
+                Member::optional("layer", Type::Str, "The layer that must have denied it, by that answer."),
             ],
             "An attempt to get out.",
         ),
@@ -43,8 +51,9 @@ pub fn types() -> Vec<Definition> {
                 Member::required(
                     "attempts",
                     Type::Array(&Type::Named("ConfinementAttempt")),
-                    "Attempts, if they were asked for.",
+                    "Attempts: those that were asked for, else those of `--attest` when the daemon started.",
                 ),
+                Member::optional("held", Type::Bool, "Whether every attempt was denied; absent if none was made."),
             ],
             "How the daemon is confined.",
         ),
@@ -85,23 +94,36 @@ fn query(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
         .iter()
         .map(|report| json!({ "name": report.layer.name(), "in-force": report.in_force, "detail": report.detail }))
         .collect();
-    let attempts = if r#try == Some(true) { attempt(daemon, &paths)? } else { Vec::new() };
-    Ok(json!({ "layers": layers, "attempts": attempts }))
+    let tried = if r#try == Some(true) { Some(attempt(daemon, &paths)?) } else { daemon.attested.clone() };
+    let attempts: Vec<Value> =
+        tried.iter().flatten().map(|outcome| attest::as_json(outcome, daemon.confined.report())).collect();
+    let mut answer = json!({ "layers": layers, "attempts": attempts });
+    if let Some(tried) = tried {
+        answer["held"] = json!(tried.iter().all(|outcome| outcome.denied));
+    }
+    Ok(answer)
 }
 
-fn attempt(daemon: &Daemon, paths: &[String]) -> Result<Vec<Value>, Error> {
+fn attempt(daemon: &Daemon, paths: &[String]) -> Result<Vec<Outcome>, Error> {
     if paths.len() > MOST_PATHS {
         return Err(Error::generic(format!("at most {MOST_PATHS} paths may be tried at once, not {}", paths.len())));
     }
     let paths = paths.iter().map(|path| {
-        CString::new(path.as_str()).map_err(|_| Error::generic("Parameter 'paths' has a path with a NUL byte"))
+        let called = path.clone();
+        let path = CString::new(path.as_str());
+        Ok((called, path.map_err(|_| Error::generic("Parameter 'paths' has a path with a NUL byte"))?))
     });
     let read_only = read_only_dup(daemon);
-    let bait = Bait { paths: paths.collect::<Result<_, _>>()?, read_only: read_only.iter().map(AsFd::as_fd).collect() };
-    let outcomes = attempts::run(&bait).into_iter();
-    Ok(outcomes
-        .map(|outcome| json!({ "what": outcome.what, "denied": outcome.denied, "errno": outcome.answer }))
-        .collect())
+    let bait = Bait {
+        paths: paths.collect::<Result<_, Error>>()?,
+        read_only: read_only
+            .iter()
+            .map(|fd| ("a descriptor that was passed read-only".to_owned(), fd.as_fd()))
+            .collect(),
+        process: sys::process::parent(),
+        ..Bait::default()
+    };
+    Ok(attempts::run(&bait))
 }
 
 /// Something that was passed read-only, to try and get more of.

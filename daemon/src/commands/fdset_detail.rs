@@ -20,7 +20,11 @@ pub fn types() -> Vec<Definition> {
         Definition::structure(
             "DescriptorPeer",
             [
-                Member::required("pid", Type::Int, "Its process when it connected."),
+                Member::required(
+                    "pid",
+                    Type::Int,
+                    "Its process when it connected; 0 if it lives outside of the daemon's pid namespace.",
+                ),
                 Member::required("uid", Type::Int, "Its user."),
             ],
             "Who passed a descriptor.",

@@ -23,7 +23,7 @@ pub fn types() -> Vec<Definition> {
         Definition::structure(
             "DescriptorLedger",
             [
-                Member::required("pid", Type::Int, "The daemon's process id, as the daemon sees it."),
+                Member::required("pid", Type::Int, "The daemon's process id, as /proc shows it."),
                 Member::required("descriptors", Type::Array(&Type::Named("DescriptorInfo")), "All of them, by number."),
             ],
             "The books.",
@@ -47,5 +47,5 @@ fn query(daemon: &mut Daemon, call: Call<'_>) -> Result<Value, Error> {
     let held = ledger::all(daemon, call.unclaimed());
     let descriptors: Vec<Value> =
         held.into_iter().map(|held| json!({ "fd": held.fd, "owner": held.owner.word(), "what": held.what })).collect();
-    Ok(json!({ "pid": std::process::id(), "descriptors": descriptors }))
+    Ok(json!({ "pid": sys::process::id(), "descriptors": descriptors }))
 }

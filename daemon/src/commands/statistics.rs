@@ -251,7 +251,7 @@ fn statistics(daemon: &mut Daemon, _: Call<'_>) -> Result<Value, Error> {
     });
     let nodes: Vec<Value> = nodes.collect();
     let ends: Vec<u64> = (0..BUCKETS).filter_map(bucket_end).collect();
-    Ok(json!({ "pid": std::process::id(), "latency-ends": ends, "exports": exports, "nodes": nodes }))
+    Ok(json!({ "pid": sys::process::id(), "latency-ends": ends, "exports": exports, "nodes": nodes }))
 }
 
 fn requests(stats: &Stats) -> Vec<Value> {

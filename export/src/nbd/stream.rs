@@ -51,10 +51,7 @@ impl Stream {
     pub fn peer(&self) -> String {
         match rustix::net::getpeername(&self.0).ok().flatten().map(SocketAddr::try_from) {
             Some(Ok(address)) => address.to_string(),
-            _ => match sockopt::socket_peercred(&self.0) {
-                Ok(peer) => format!("process {}, user {}", peer.pid, peer.uid.as_raw()),
-                Err(_) => "unknown".into(),
-            },
+            _ => sys::process::peer(&self.0).map_or_else(|_| "unknown".to_owned(), |peer| peer.to_string()),
         }
     }
 

@@ -225,10 +225,7 @@ impl Shared {
 
     /// Serves a front end to its end.
     fn welcome(&self, id: u64, socket: OwnedFd) {
-        let peer = match rustix::net::sockopt::socket_peercred(&socket) {
-            Ok(peer) => format!("process {}, user {}", peer.pid, peer.uid.as_raw()),
-            Err(_) => "unknown".into(),
-        };
+        let peer = sys::process::peer(&socket).map_or_else(|_| "unknown".to_owned(), |peer| peer.to_string());
         let meter = Meter::new(Arc::clone(&self.stats), Arc::clone(&self.disk.root));
         *lock(&self.client) = Some(ClientShown { id, peer, stats: Arc::clone(meter.client()) });
         info!(export = self.id, client = id, "vhost-user front end connected");

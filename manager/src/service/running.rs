@@ -375,6 +375,7 @@ fn launch(monitor: OwnedFd) -> Launch {
         monitor: Some(monitor),
         deaf_to_terminal: true,
         survives: true,
+        attest: true,
         patience: Some(PATIENCE),
         ..Launch::default()
     }
