@@ -200,6 +200,16 @@ impl Journal {
         self.steps.iter().flat_map(|step| &step.carried).try_for_each(|carried| carried.check())
     }
 
+    /// Brings what was written to images to disk, so that whoever closes them soon has little left to write.
+    pub fn sync(&self) {
+        let carried = self.steps.iter().flat_map(|step| &step.carried);
+        for carried in carried.filter(|carried| carried.image.as_ref().is_some_and(|of| of.rights == Rights::ReadWrite))
+        {
+            // What fails here fails where it matters.
+            let _ = rustix::fs::fdatasync(&carried.descriptor);
+        }
+    }
+
     /// Gives every step to `execute`, with the arguments for a successor.
     ///
     /// # Errors

@@ -35,6 +35,7 @@ pub(crate) fn prepare(journal: &Journal, old: &mut Daemon, new: &mut Daemon) -> 
     let pair = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
     let (ours, theirs) = pair.map_err(|e| failed(e.into()))?;
     old.execute("getfd", json!({ "fdname": "moving" }), &[theirs.as_fd()])?;
+    journal.sync();
     Ok(Begun(ours))
 }
 
