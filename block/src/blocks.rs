@@ -15,7 +15,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::io::Errno;
@@ -67,6 +67,19 @@ pub trait Layout: Send + Sync {
     /// The entry for a block at byte `place`; `None` if it cannot name that place.
     fn encode(&self, place: u64) -> Option<[u8; 4]>;
 
+    /// The entry of a block that is not there.
+    fn none(&self) -> [u8; 4];
+
+    /// Where a new block goes: at `end` or not far behind.
+    fn next_place(&self, end: u64) -> u64 {
+        end
+    }
+
+    /// How long the file is when the next new block would go to `end`.
+    fn file_len(&self, end: u64) -> u64 {
+        end
+    }
+
     /// Writes what stands before the data of a new block at `place`.
     ///
     /// # Errors
@@ -92,7 +105,7 @@ pub struct Blocks<L: Layout> {
     /// Where in the layer below the image's first byte is, for an image that is a part of another.
     pub backing_start: u64,
     /// Bytes that a guest sees.
-    pub size: u64,
+    size: AtomicU64,
     chunks: Box<[OnceLock<Box<[AtomicU32]>>]>,
     state: Mutex<State>,
     landed: Condvar,
@@ -113,21 +126,39 @@ struct State {
 }
 
 impl<L: Layout> Blocks<L> {
-    /// The image of `size` bytes in `file`; the next new block goes to `end`.
-    pub fn new(layout: L, file: Arc<BlockNode>, backing: Option<Arc<BlockNode>>, size: u64, end: u64) -> Blocks<L> {
-        let chunks = size.div_ceil(layout.block_size()).div_ceil(layout.chunk_entries());
+    /// The image of `size` bytes in `file`, with a table that has room for `room` blocks if that is more; the next new block goes
+    /// to `end`.
+    pub fn new(
+        layout: L,
+        file: Arc<BlockNode>,
+        backing: Option<Arc<BlockNode>>,
+        size: u64,
+        room: u64,
+        end: u64,
+    ) -> Blocks<L> {
+        let chunks = size.div_ceil(layout.block_size()).max(room).div_ceil(layout.chunk_entries());
         Blocks {
             layout,
             file,
             backing,
             backing_start: 0,
-            size,
+            size: AtomicU64::new(size),
             chunks: (0..chunks).map(|_| OnceLock::new()).collect(),
             state: Mutex::new(State { end, ..State::default() }),
             landed: Condvar::new(),
             flushes: Coalesced::default(),
             writing_back: Mutex::new(()),
         }
+    }
+
+    /// Bytes that a guest sees.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Gives out these places, which no entry names, before those at the end.
+    pub fn reuse(&self, places: Vec<u64>) {
+        self.state().spare = places;
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -242,7 +273,7 @@ impl<L: Layout> Blocks<L> {
         if self.entry(block, Wait::Allowed)?.is_none() || self.place(block, Wait::Allowed)? == Place::Invalid {
             return Err(Errno::IO.into());
         }
-        let place = state.spare.pop().unwrap_or(state.end);
+        let place = state.spare.pop().unwrap_or_else(|| self.layout.next_place(state.end));
         let end = place.checked_add(self.layout.lead() + self.layout.block_size()).ok_or(Errno::FBIG)?;
         if self.layout.encode(place).is_none() {
             state.spare.push(place);
@@ -295,9 +326,63 @@ impl<L: Layout> Blocks<L> {
         Ok(Some(pieces))
     }
 
+    /// Makes an entry say another place, or nothing; it is on disk with the next flush.
+    pub fn set(&self, block: u64, place: Option<u64>) -> io::Result<()> {
+        let entry = match place {
+            Some(place) => self.layout.encode(place).ok_or(Errno::FBIG)?,
+            None => self.layout.none(),
+        };
+        let mut state = self.state();
+        self.entry(block, Wait::Allowed)?.ok_or(Errno::IO)?.store(u32::from_ne_bytes(entry), Ordering::Release);
+        state.dirty.insert(block);
+        Ok(())
+    }
+
+    /// Where the next new block goes, if it goes to the end.
+    pub fn end(&self) -> u64 {
+        self.state().end
+    }
+
+    /// Lets the next new block go elsewhere: nothing that an entry names stands behind it.
+    pub fn set_end(&self, end: u64) {
+        self.state().end = end;
+    }
+
     /// Whether the layer below has bytes at `offset`.
     fn is_backed(&self, offset: u64) -> bool {
         self.backing.as_ref().is_some_and(|backing| self.backing_start + offset < backing.len())
+    }
+
+    /// Makes the image `len` bytes long, which is more than it has. New entries say nothing, on disk too, before `header` writes
+    /// what tells the new size, given where the next block goes.
+    pub fn grow(&self, len: u64, header: impl FnOnce(u64) -> io::Result<()>) -> io::Result<()> {
+        let _order = self.writing_back.lock().unwrap_or_else(PoisonError::into_inner);
+        let (old, block) = (self.size(), self.layout.block_size());
+        let tail = old.next_multiple_of(block).min(len) - old;
+        if tail > 0 {
+            // Behind the end there may be anything.
+            self.write_zeroes(old, tail, ZeroFlags::default())?;
+        }
+        let per_chunk = self.layout.chunk_entries();
+        let (first, end) = (old.div_ceil(block), len.div_ceil(block));
+        let mut at = first;
+        while at < end {
+            let chunk = at / per_chunk;
+            let stop = end.min((chunk + 1) * per_chunk);
+            let table = self.layout.chunk_at(chunk).ok_or(Errno::IO)?;
+            let bytes = self.layout.none().repeat(usize::try_from(stop - at).map_err(|_| Errno::FBIG)?);
+            self.file.write_growing(&bytes, table + at % per_chunk * 4, false)?;
+            for number in at..stop {
+                let entry = self.entry(number, Wait::Allowed)?.ok_or(Errno::IO)?;
+                entry.store(u32::from_ne_bytes(self.layout.none()), Ordering::Release);
+            }
+            at = stop;
+        }
+        self.file.flush()?;
+        header(self.state().end)?;
+        self.file.flush()?;
+        self.size.store(len, Ordering::Release);
+        Ok(())
     }
 
     /// See [`crate::Driver::flush`].
@@ -367,7 +452,7 @@ struct NewBlock<'a, L: Layout> {
 impl<L: Layout> NewBlock<'_, L> {
     /// Puts in front and behind what the write (of bytes `written` of the block) leaves of what was there.
     fn fill(&self, written: Range<u64>, old: Place) -> io::Result<()> {
-        let Blocks { layout, file, backing, backing_start, size, .. } = self.blocks;
+        let Blocks { layout, file, backing, backing_start, .. } = self.blocks;
         layout.begin_block(self.place)?;
         let data = self.place + layout.lead();
         let start = self.block * layout.block_size();
@@ -375,8 +460,9 @@ impl<L: Layout> NewBlock<'_, L> {
             if part.is_empty() {
                 continue;
             }
-            let shows_below =
-                old == Place::None && start + part.start < *size && self.blocks.is_backed(start + part.start);
+            let shows_below = old == Place::None
+                && start + part.start < self.blocks.size()
+                && self.blocks.is_backed(start + part.start);
             if let Some(backing) = backing.as_ref().filter(|_| shows_below) {
                 // A block is at most a few MiB: see the formats' checks.
                 let mut content = vec![0; usize::try_from(part.end - part.start).map_err(|_| Errno::IO)?];

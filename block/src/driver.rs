@@ -358,6 +358,8 @@ pub struct Info {
     pub backing_name: Option<String>,
     /// The backing file's format as it stands in the image: untrusted text.
     pub backing_format: Option<String>,
+    /// What the image is known by to those made over it, for formats with UUIDs.
+    pub uuid: Option<[u8; 16]>,
     /// The external data file's name as it stands in the image: untrusted text, never opened.
     pub data_file_name: Option<String>,
     /// Further facts for people and QMP, in order: QEMU's member name and its value.

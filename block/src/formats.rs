@@ -26,15 +26,27 @@ pub const FORMATS: &[Format] = &[
         amend: Some(qcow2::amend::amend),
     },
     Format { name: "raw", create_options: RAW_OPTIONS, create: create_raw, check: None, amend: None },
-    Format { name: "vdi", create_options: vdi::create::OPTIONS, create: vdi::create::create, check: None, amend: None },
+    Format {
+        name: "vdi",
+        create_options: vdi::create::OPTIONS,
+        create: vdi::create::create,
+        check: Some(vdi::check::check),
+        amend: None,
+    },
     Format {
         name: "vmdk",
         create_options: vmdk::create::OPTIONS,
         create: vmdk::create::create,
-        check: None,
+        check: Some(vmdk::check::check),
         amend: None,
     },
-    Format { name: "vpc", create_options: vpc::create::OPTIONS, create: vpc::create::create, check: None, amend: None },
+    Format {
+        name: "vpc",
+        create_options: vpc::create::OPTIONS,
+        create: vpc::create::create,
+        check: Some(vpc::check::check),
+        amend: None,
+    },
 ];
 
 const RAW_OPTIONS: &[OptionSpec] =

@@ -10,6 +10,7 @@
 
 mod alarm;
 pub mod bitmap;
+mod block_check;
 mod blocks;
 mod child;
 mod claims;

@@ -141,7 +141,7 @@ fn images_that_break_the_rules_are_refused_with_the_reason() {
             |image| put(image, 0, 16, &(1u64 << 40).to_be_bytes()),
             "not within the file",
         ),
-        ("vpc", "differencing", |image| put(image, 0, 60, &4u32.to_be_bytes()), "differencing"),
+        ("vpc", "differencing", |image| put(image, 0, 60, &4u32.to_be_bytes()), "give 'backing' a node"),
         ("vpc", "block size 0", |image| put(image, 512, 32, &0u32.to_be_bytes()), "Invalid block size 0"),
         ("vpc", "block size 3", |image| put(image, 512, 32, &3000u32.to_be_bytes()), "Invalid block size"),
         ("vpc", "one entry", |image| put(image, 512, 28, &1u32.to_be_bytes()), "Table too small"),

@@ -327,6 +327,7 @@ impl Driver for Qcow2 {
     fn info(&self) -> Info {
         let header = &self.header;
         Info {
+            uuid: None,
             dirty: header.dirty,
             encrypted: self.luks.is_some(),
             allocated_size: self.file.info().allocated_size,

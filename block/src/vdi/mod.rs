@@ -12,6 +12,7 @@
 //! count of allocated blocks is on disk before the map names one of them: a count too small would have the next writer put a new
 //! block over a living one.
 
+pub mod check;
 pub mod create;
 
 use std::io;
@@ -20,7 +21,7 @@ use std::sync::Arc;
 use crate::blocks::{Blocks, Layout, Place};
 use crate::claims::Writes;
 use crate::driver::{Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, Prepared, ZeroFlags};
-use crate::{BlockNode, Error, Result, Wait};
+use crate::{BlockNode, Error, Preallocation, Result, Wait};
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {
     name: "vdi",
@@ -43,9 +44,14 @@ const HEADER: usize = 512;
 const BLOCK: u64 = 1 << 20;
 /// QEMU's limit: 512 TiB.
 const MAX_BLOCKS: u32 = 0x1fff_ff80;
+const AT_SIZE: u64 = 0x170;
 const AT_ALLOCATED: u64 = 0x184;
+/// Blocks that were given up and are found again when an image is opened, at most.
+const MAX_HOLES: usize = 1 << 16;
 const NONE: u32 = 0xffff_ffff;
 const ZERO: u32 = 0xffff_fffe;
+/// Blocks that an image can grow by while it is open: 4 TiB.
+const MAX_GROWTH: u64 = 4 << 20;
 /// Types.
 const STATIC: u32 = 2;
 const DIFFERENCING: u32 = 4;
@@ -59,6 +65,9 @@ struct Header {
     size: u64,
     blocks: u32,
     allocated: u32,
+    uuid: [u8; 16],
+    /// The parent's UUID, of a differencing image.
+    parent: [u8; 16],
 }
 
 impl Header {
@@ -70,7 +79,7 @@ impl Header {
         file.read(&mut bytes, 0, Wait::Allowed).map_err(|e| Error::io("read the VDI header", e))?;
         let u32_at = |at: usize| bytes[at..].first_chunk().map_or(0, |field| u32::from_le_bytes(*field));
         let u64_at = |at: usize| bytes[at..].first_chunk().map_or(0, |field| u64::from_le_bytes(*field));
-        let uuid_at = |at: usize| bytes[at..at + 16].iter().any(|&byte| byte != 0);
+        let uuid_at = |at: usize| bytes[at..].first_chunk::<16>().copied().unwrap_or_default();
         let size = u64_at(0x170);
         let header = Header {
             kind: u32_at(0x4c),
@@ -79,6 +88,8 @@ impl Header {
             size: size.checked_next_multiple_of(512).unwrap_or(u64::MAX),
             blocks: u32_at(0x180),
             allocated: u32_at(0x184),
+            uuid: uuid_at(0x188),
+            parent: uuid_at(0x1a8),
         };
         let refused = |text: String| Err(Error::unsupported(format!("unsupported VDI image ({text})")));
         if u32_at(0x40) != SIGNATURE {
@@ -110,7 +121,7 @@ impl Header {
         if !(1..=DIFFERENCING).contains(&header.kind) {
             return refused(format!("unknown image type {}", header.kind));
         }
-        if header.kind != DIFFERENCING && (uuid_at(0x1a8) || uuid_at(0x1b8)) {
+        if header.kind != DIFFERENCING && (uuid_at(0x1a8) != [0; 16] || uuid_at(0x1b8) != [0; 16]) {
             return refused("it names a parent and is no differencing image".into());
         }
         let map_end = header.map_offset + u64::from(header.blocks) * 4;
@@ -123,10 +134,10 @@ impl Header {
         Ok(header)
     }
 
-    /// How many blocks the data area has as the map knows it, and whether two entries name one of them.
-    fn survey(&self, file: &BlockNode) -> Result<(u64, bool)> {
+    /// How many blocks the data area has as the map knows it, which of them no entry names, and whether two name one.
+    fn survey(&self, file: &BlockNode) -> Result<(u64, Vec<u64>, bool)> {
         let mut seen = vec![0u64; usize::try_from(self.blocks.div_ceil(64)).unwrap_or(0)];
-        let (mut most, mut twice) = (u64::from(self.allocated).min(u64::from(MAX_BLOCKS)), false);
+        let (mut most, mut twice) = (u64::from(self.allocated.min(self.blocks)), false);
         let mut at = 0;
         let end = u64::from(self.blocks) * 4;
         let mut piece = vec![0; usize::try_from(PIECE.min(end)).unwrap_or(0)];
@@ -149,7 +160,22 @@ impl Header {
             }
             at += len as u64;
         }
-        Ok((most, twice))
+        let is_hole = |number: &u64| {
+            let word = usize::try_from(number / 64).ok().and_then(|word| seen.get(word));
+            word.is_some_and(|word| word & (1 << (number % 64)) == 0)
+        };
+        Ok((most, (0..most).filter(is_hole).take(MAX_HOLES).collect(), twice))
+    }
+
+    /// How many blocks the map has room for.
+    fn room(&self) -> u64 {
+        let room = (self.data_offset - self.map_offset) / 4;
+        room.min(u64::from(self.blocks) + MAX_GROWTH).min(MAX_BLOCKS.into())
+    }
+
+    fn open(&self, file: &Arc<BlockNode>, backing: Option<Arc<BlockNode>>, allocated: u64) -> Blocks<Map> {
+        let map = Map { file: Arc::clone(file), map_offset: self.map_offset, data_offset: self.data_offset };
+        Blocks::new(map, Arc::clone(file), backing, self.size, self.room(), self.data_offset + allocated * BLOCK)
     }
 }
 
@@ -182,6 +208,10 @@ impl Layout for Map {
         u32::try_from(number).ok().filter(|&number| number < MAX_BLOCKS).map(u32::to_le_bytes)
     }
 
+    fn none(&self) -> [u8; 4] {
+        NONE.to_le_bytes()
+    }
+
     fn publish(&self, end: u64) -> io::Result<()> {
         let allocated = u32::try_from((end - self.data_offset) / BLOCK).unwrap_or(MAX_BLOCKS);
         self.file.write(&allocated.to_le_bytes(), AT_ALLOCATED, false)
@@ -191,6 +221,7 @@ impl Layout for Map {
 struct Vdi {
     blocks: Blocks<Map>,
     kind: u32,
+    uuid: [u8; 16],
 }
 
 fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
@@ -208,18 +239,40 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         }
         _ => {}
     }
-    let (allocated, twice) = header.survey(&file)?;
+    if let Some(parent) = backing.as_ref().filter(|parent| parent.driver_name() == "vdi") {
+        let uuid = parent.info().uuid.unwrap_or_default();
+        if header.parent != [0; 16] && uuid != header.parent {
+            return Err(Error::invalid(format!(
+                "the VDI image was made over the image {}, and the node '{}' is {}",
+                uuid_text(&header.parent),
+                parent.name(),
+                uuid_text(&uuid)
+            )));
+        }
+    }
+    let (allocated, holes, twice) = header.survey(&file)?;
     if twice && request.writable {
         return Err(Error::corrupt("two guest blocks share one block of the VDI image; it can be read only"));
     }
-    let end = header.data_offset + allocated * BLOCK;
-    let map = Map { file: Arc::clone(&file), map_offset: header.map_offset, data_offset: header.data_offset };
-    Ok(Box::new(Vdi { blocks: Blocks::new(map, file, backing, header.size, end), kind: header.kind }))
+    let blocks = header.open(&file, backing, allocated);
+    blocks.reuse(holes.into_iter().map(|number| header.data_offset + number * BLOCK).collect());
+    Ok(Box::new(Vdi { blocks, kind: header.kind, uuid: header.uuid }))
+}
+
+/// As people write UUIDs: the first three fields are stored little-endian.
+fn uuid_text(uuid: &[u8; 16]) -> String {
+    let [a, b, c, d, e, f, g, h, rest @ ..] = uuid;
+    [d, c, b, a, f, e, h, g].into_iter().chain(rest).enumerate().fold(String::new(), |mut text, (index, byte)| {
+        if matches!(index, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text + &format!("{byte:02x}")
+    })
 }
 
 impl Driver for Vdi {
     fn len(&self) -> u64 {
-        self.blocks.size
+        self.blocks.size()
     }
 
     fn map(&self, offset: u64, len: u64, ask: Ask) -> io::Result<Mapping<'_>> {
@@ -246,8 +299,45 @@ impl Driver for Vdi {
         self.blocks.flush()
     }
 
+    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        let now = self.len();
+        if len == now {
+            return Ok(());
+        }
+        if self.kind == DIFFERENCING {
+            return Err(Error::unsupported("a differencing VDI image is as large as its parent"));
+        }
+        if len < now {
+            return Err(Error::unsupported("VDI images do not become smaller; convert the image to a smaller one"));
+        }
+        if preallocation != Preallocation::Off {
+            return Err(Error::unsupported("VDI images grow without preallocation only"));
+        }
+        let map = &self.blocks.layout;
+        let room = (map.data_offset - map.map_offset) / 4;
+        let room = room.min(now.div_ceil(BLOCK) + MAX_GROWTH).min(MAX_BLOCKS.into());
+        let blocks = u32::try_from(len.div_ceil(BLOCK)).ok().filter(|&blocks| u64::from(blocks) <= room);
+        let blocks = blocks.ok_or_else(|| {
+            Error::unsupported(format!(
+                "the VDI image's block map has room for {} bytes, not {len}: convert the image to a new one",
+                room * BLOCK
+            ))
+        })?;
+        let grown = self.blocks.grow(len, |_| {
+            let file = &self.blocks.file;
+            // Size and blocks stand in one sector, which is written whole or not.
+            let mut fields = [0; 20];
+            file.read(&mut fields, AT_SIZE, Wait::Allowed)?;
+            fields[..8].copy_from_slice(&len.to_le_bytes());
+            fields[16..].copy_from_slice(&blocks.to_le_bytes());
+            file.write(&fields, AT_SIZE, false)
+        });
+        grown.map_err(|e| Error::io("resize the VDI image", e))
+    }
+
     fn info(&self) -> Info {
         Info {
+            uuid: Some(self.uuid),
             allocated_size: self.blocks.file.info().allocated_size,
             cluster_size: Some(BLOCK),
             specifics: vec![("static", InfoValue::Bool(self.kind == STATIC))],

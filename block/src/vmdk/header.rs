@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The header of a sparse extent, "KDMV", and where its tables stand.
+//! The header of a sparse extent, "KDMV" or, of ESX, "COWD", and where its tables stand.
 //!
 //! ```text
 //!  0 "KDMV"       4 u32 version    8 u32 flags      12 u64 capacity       20 u64 grain     (all little-endian, in sectors)
@@ -16,6 +16,9 @@ use super::descriptor;
 
 pub const SECTOR: u64 = 512;
 pub const MAGIC: &[u8] = b"KDMV";
+pub const COWD: &[u8] = b"COWD";
+/// Entries of a table of the latter.
+const COWD_ENTRIES: u64 = 4096;
 /// The smallest grain that a format of this family has, and more than anybody makes (64 KiB is usual).
 const GRAINS: std::ops::RangeInclusive<u64> = 4096..=64 << 20;
 /// 64 TiB in the usual grains; VMware's limit is 62.
@@ -52,6 +55,8 @@ pub struct Header {
     pub zero_grains: bool,
     pub compressed: bool,
     pub markers: bool,
+    /// An extent of ESX, without descriptor and second directory.
+    pub cowd: bool,
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -73,6 +78,9 @@ impl Header {
             )));
         }
         file.read(&mut bytes, 0, Wait::Allowed).map_err(failed)?;
+        if bytes.starts_with(COWD) {
+            return Header::parse_cowd(&bytes, file);
+        }
         if !bytes.starts_with(MAGIC) {
             return Err(Error::corrupt("Image not in VMDK format: no sparse extent begins like this"));
         }
@@ -162,6 +170,42 @@ impl Header {
             zero_grains: flags & ZERO_GRAINS != 0,
             compressed,
             markers: flags & MARKERS != 0,
+            cowd: false,
+        })
+    }
+
+    /// An ESX sparse extent: 4 version (1), 12 capacity, 16 grain, 20 directory, 24 its entries, u32 each, in sectors.
+    fn parse_cowd(bytes: &[u8; 512], file: &BlockNode) -> Result<Header> {
+        let sectors = |at: usize| u64::from(u32_at(bytes, at)) * SECTOR;
+        let (version, capacity, grain, directory) = (u32_at(bytes, 4), sectors(12), sectors(16), sectors(20));
+        if version != 1 {
+            return Err(Error::unsupported(format!("Unsupported version {version} of an ESX sparse extent: it is 1")));
+        }
+        if !grain.is_power_of_two() || grain > *GRAINS.end() {
+            return Err(Error::corrupt(format!(
+                "Invalid grain size {grain}: a power of two from 512 to {}",
+                GRAINS.end()
+            )));
+        }
+        let tables = capacity.div_ceil(COWD_ENTRIES * grain);
+        let there = u64::from(u32_at(bytes, 24));
+        if there < tables {
+            return Err(Error::corrupt(format!("the extent's directory has {there} entries, the disk needs {tables}")));
+        }
+        Ok(Header {
+            version,
+            capacity,
+            grain,
+            descriptor: (0, 0),
+            entries: COWD_ENTRIES,
+            tables: read_directory(file, "grain directory", directory, tables, COWD_ENTRIES)?,
+            copies: Vec::new(),
+            overhead: directory + tables * 4,
+            unclean: false,
+            zero_grains: false,
+            compressed: false,
+            markers: false,
+            cowd: true,
         })
     }
 }

@@ -7,10 +7,12 @@
 //! the caller gives; if that is a `vmdk`, its CID must be the one; of another format nothing can be asked, and the caller who
 //! named the node is believed.
 
+pub mod check;
 pub mod create;
 mod descriptor;
 mod header;
 mod part;
+mod sesparse;
 mod sparse;
 pub mod stream;
 
@@ -20,7 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use descriptor::{Access, Descriptor, NO_PARENT};
-use header::{Header, MAGIC};
+use header::{COWD, Header, MAGIC};
 use part::Part;
 use rustix::io::Errno;
 use sparse::Sparse;
@@ -44,13 +46,15 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
     open,
 };
 
-const COWD: &[u8] = b"COWD";
 /// The first line of descriptor files.
 const TEXT: &[u8] = b"# Disk DescriptorFile";
 /// Types of disks whose descriptor is inside their one file, and is a file of its own.
 const INSIDE: &[&str] = &["monolithicSparse", "streamOptimized"];
-const OUTSIDE: &[&str] = &["monolithicFlat", "twoGbMaxExtentFlat", "twoGbMaxExtentSparse", "vmfs"];
-const SESPARSE: &[u8] = &0xcafe_babe_u64.to_le_bytes();
+const OUTSIDE: &[&str] =
+    &["monolithicFlat", "twoGbMaxExtentFlat", "twoGbMaxExtentSparse", "vmfs", "vmfsSparse", "seSparse"];
+
+/// Kinds of extents that are written.
+const WRITTEN: &[&str] = &["FLAT", "VMFS", "SPARSE"];
 
 struct Vmdk {
     file: Arc<BlockNode>,
@@ -97,8 +101,10 @@ pub fn inspect(file: &Arc<BlockNode>, raw: Inspection) -> Result<Inspection> {
         Some(header) => (header.capacity, !header.compressed && header.version != 3),
         None => (sectors.and_then(|sectors| sectors.checked_mul(header::SECTOR)).ok_or_else(sizes)?, true),
     };
-    let may_be_written =
-        descriptor.extents.iter().any(|extent| extent.access == Access::ReadWrite && extent.kind != "ZERO");
+    let may_be_written = descriptor
+        .extents
+        .iter()
+        .any(|extent| extent.access == Access::ReadWrite && WRITTEN.contains(&extent.kind.as_str()));
     let extents = descriptor.extents.into_iter().filter(|extent| header.is_none() && extent.kind != "ZERO");
     let extents = extents.map(|extent| extent.name).collect();
     let backing_name = descriptor.parent_hint.filter(|_| descriptor.parent_cid != NO_PARENT);
@@ -124,9 +130,13 @@ struct Read {
 fn read(file: &Arc<BlockNode>) -> Result<Read> {
     let mut start = [0; 512];
     file.read_or_zero(&mut start, 0, Wait::Allowed).map_err(|e| Error::io("read the VMDK header", e))?;
-    for (magic, what) in [(COWD, "an ESX sparse extent (COWD)"), (SESPARSE, "a space-efficient extent (seSparse)")] {
+    for (magic, what) in
+        [(COWD, "an ESX sparse extent (COWD)"), (sesparse::MAGIC, "a space-efficient extent (seSparse)")]
+    {
         if start.starts_with(magic) {
-            return Err(Error::unsupported(format!("this VMDK is {what}, which this version does not read")));
+            return Err(Error::unsupported(format!(
+                "this VMDK is {what} without a descriptor: open the file that has the descriptor"
+            )));
         }
     }
     let header = if start.starts_with(TEXT) { None } else { Some(Header::read(file)?) };

@@ -8,6 +8,7 @@ use rustix::io::Errno;
 
 use super::descriptor::{Access, ExtentLine};
 use super::header::{Header, SECTOR};
+use super::sesparse::SeSparse;
 use super::sparse::Sparse;
 use crate::driver::{Ask, Children, Mapping, Prepared, Target, ZeroFlags};
 use crate::{BlockNode, Error, Result};
@@ -22,6 +23,7 @@ pub struct Part {
 
 enum Content {
     Sparse(Box<Sparse>),
+    SeSparse(Box<SeSparse>),
     Flat { node: Arc<BlockNode>, offset: u64 },
     Zero,
 }
@@ -42,7 +44,7 @@ impl Part {
             let len = len.ok_or_else(|| Error::corrupt("the VMDK's extents are too large together"))?;
             let content = match line.kind.as_str() {
                 "ZERO" => Content::Zero,
-                "FLAT" | "VMFS" | "SPARSE" => {
+                "FLAT" | "VMFS" | "SPARSE" | "VMFSSPARSE" | "SESPARSE" => {
                     let node = node(line, files, children)?;
                     files += 1;
                     Content::open(line, node, backing, start, len)?
@@ -69,7 +71,7 @@ impl Part {
 
     /// Whether it can be written at all.
     pub fn is_writable(&self) -> bool {
-        self.access == Access::ReadWrite && !matches!(self.content, Content::Zero)
+        self.access == Access::ReadWrite && !matches!(self.content, Content::Zero | Content::SeSparse(_))
     }
 
     /// Looks at what must be sound before a write.
@@ -83,7 +85,7 @@ impl Part {
     pub fn sparse(&self) -> Option<&Sparse> {
         match &self.content {
             Content::Sparse(sparse) => Some(sparse),
-            Content::Flat { .. } | Content::Zero => None,
+            Content::Flat { .. } | Content::SeSparse(_) | Content::Zero => None,
         }
     }
 
@@ -91,6 +93,7 @@ impl Part {
     pub fn allocated_size(&self) -> u64 {
         let file = match &self.content {
             Content::Sparse(sparse) => &sparse.blocks.file,
+            Content::SeSparse(sparse) => &sparse.file,
             Content::Flat { node, .. } => node,
             Content::Zero => return 0,
         };
@@ -103,6 +106,7 @@ impl Part {
         match &self.content {
             _ if self.access == Access::None => Err(Errno::ACCESS.into()),
             Content::Sparse(sparse) => sparse.map(at, len, ask),
+            Content::SeSparse(sparse) => sparse.map(at, len, ask),
             Content::Flat { node, offset } => Ok(Mapping::fixed(Target::Child { node, offset: offset + at }, len)),
             Content::Zero => Ok(Mapping::fixed(Target::Zero, len)),
         }
@@ -119,7 +123,7 @@ impl Part {
             Content::Sparse(sparse) if sparse.header.compressed => Err(Errno::ROFS.into()),
             Content::Sparse(sparse) => sparse.blocks.prepare_write(at, len),
             Content::Flat { node, offset } => Ok(Prepared::in_place(Target::Data { node, offset: offset + at }, len)),
-            Content::Zero => Err(Errno::ROFS.into()),
+            Content::SeSparse(_) | Content::Zero => Err(Errno::ROFS.into()),
         }
     }
 
@@ -128,7 +132,7 @@ impl Part {
             _ if !self.is_writable() => Err(Errno::ROFS.into()),
             Content::Sparse(sparse) => sparse.blocks.write_zeroes(at, len, flags),
             Content::Flat { node, offset } => node.write_zeroes(offset + at, len, flags, false),
-            Content::Zero => Err(Errno::ROFS.into()),
+            Content::SeSparse(_) | Content::Zero => Err(Errno::ROFS.into()),
         }
     }
 
@@ -137,7 +141,7 @@ impl Part {
             _ if !self.is_writable() => Ok(()),
             Content::Sparse(sparse) => sparse.blocks.discard(at, len),
             Content::Flat { node, offset } => node.discard(offset + at, len),
-            Content::Zero => Ok(()),
+            Content::SeSparse(_) | Content::Zero => Ok(()),
         }
     }
 
@@ -146,7 +150,7 @@ impl Part {
             _ if !self.is_writable() => Ok(()),
             Content::Sparse(sparse) => sparse.blocks.flush(),
             Content::Flat { node, .. } => node.flush(),
-            Content::Zero => Ok(()),
+            Content::SeSparse(_) | Content::Zero => Ok(()),
         }
     }
 }
@@ -162,8 +166,23 @@ impl Content {
         let shorter = |has: u64| {
             Error::corrupt(format!("the extent {} has {has} bytes, the VMDK descriptor says {len}", shown(&line.name)))
         };
-        if line.kind == "SPARSE" {
+        if line.kind == "SESPARSE" {
+            let sparse = SeSparse::open(node, backing.cloned(), start, len)?;
+            return if sparse.capacity < len {
+                Err(shorter(sparse.capacity))
+            } else {
+                Ok(Content::SeSparse(Box::new(sparse)))
+            };
+        }
+        if line.kind == "SPARSE" || line.kind == "VMFSSPARSE" {
             let header = Header::read(&node)?;
+            if header.cowd != (line.kind == "VMFSSPARSE") {
+                return Err(Error::corrupt(format!(
+                    "the VMDK descriptor says that the extent {} is of the kind {}, and it does not begin like one",
+                    shown(&line.name),
+                    line.kind
+                )));
+            }
             if header.capacity < len {
                 return Err(shorter(header.capacity));
             }

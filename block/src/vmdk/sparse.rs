@@ -70,6 +70,10 @@ impl Layout for GrainTables {
         u32::try_from(place / SECTOR).ok().filter(|&sector| sector > ZERO).map(u32::to_le_bytes)
     }
 
+    fn none(&self) -> [u8; 4] {
+        NONE.to_le_bytes()
+    }
+
     fn begin_block(&self, place: u64) -> io::Result<()> {
         self.end.fetch_max(place + self.grain, Ordering::Relaxed);
         Ok(())
@@ -90,7 +94,7 @@ impl Sparse {
         };
         let inflated = header.compressed.then(|| Inflated::new(usize::try_from(header.grain).unwrap_or(usize::MAX)));
         let next = end.max(header.overhead).next_multiple_of(header.grain);
-        let mut blocks = Blocks::new(layout, file, backing, size, next);
+        let mut blocks = Blocks::new(layout, file, backing, size, 0, next);
         blocks.backing_start = start;
         Sparse { blocks, header, inflated }
     }
@@ -103,9 +107,21 @@ impl Sparse {
                 "compressed VMDK extents are read-only: open the node with 'read-only': true",
             ));
         }
+        if header.cowd {
+            return Err(Error::unsupported("ESX sparse extents (COWD) can be read only"));
+        }
         if header.version == 3 {
             return Err(Error::unsupported("VMDK version 3 must be read only"));
         }
+        self.check_tables()?;
+        let tables = header.tables.iter().chain(&header.copies).max().map_or(0, |table| table + header.entries * 4);
+        let metadata = tables.max(header.descriptor.0 + header.descriptor.1);
+        self.survey(metadata.max(SECTOR))
+    }
+
+    /// Whether every table is there and none over another.
+    pub fn check_tables(&self) -> Result<()> {
+        let header = &self.header;
         let bytes = header.entries * 4;
         let mut tables: Vec<u64> = header.tables.iter().chain(&header.copies).copied().collect();
         tables.sort_unstable();
@@ -115,8 +131,7 @@ impl Sparse {
         if tables.windows(2).any(|pair| pair[0] + bytes > pair[1]) {
             return Err(Error::corrupt("two of the VMDK's grain tables share their place; it can be read only"));
         }
-        let metadata = tables.last().map_or(0, |table| table + bytes).max(header.descriptor.0 + header.descriptor.1);
-        self.survey(metadata.max(SECTOR))
+        Ok(())
     }
 
     /// Refuses grains in front of `data`, past the end of the file, and over each other.
@@ -171,7 +186,7 @@ impl Sparse {
     }
 
     /// The compressed grain `number`, stored at `at`.
-    fn load(&self, number: u64, at: u64) -> io::Result<Vec<u8>> {
+    pub fn load(&self, number: u64, at: u64) -> io::Result<Vec<u8>> {
         let grain = self.header.grain;
         let (data, size) = if self.header.markers {
             let mut marker = [0; MARKER];
@@ -195,7 +210,7 @@ impl Sparse {
         let mut content = vec![0; len + 1];
         let mut inflater = Decompress::new(true);
         let status = inflater.decompress(&stored, &mut content, FlushDecompress::Finish);
-        let needed = grain.min(self.blocks.size - number * grain);
+        let needed = grain.min(self.blocks.size().saturating_sub(number * grain));
         if !matches!(status, Ok(Status::StreamEnd)) || !(needed..=grain).contains(&inflater.total_out()) {
             return Err(Errno::IO.into());
         }

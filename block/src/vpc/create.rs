@@ -124,6 +124,24 @@ fn footer(kind: u32, size: u64, chs: (u16, u8, u8), is_forced: bool) -> Result<[
     Ok(footer)
 }
 
+/// The footer of a disk that has `size` bytes from now on. Where its creator counts in cylinders and no geometry has the size, it
+/// says that the bytes count.
+pub fn resized(footer: &[u8; 512], size: u64) -> [u8; 512] {
+    let mut footer = *footer;
+    let (chs, has) = geometry_for(size / SECTOR);
+    let by_geometry = matches!(&footer[28..32], b"vpc " | b"qemu");
+    let chs = if has * SECTOR == size { chs } else { MAX_CHS };
+    if by_geometry && chs == MAX_CHS {
+        footer[28..32].copy_from_slice(b"qem2");
+    }
+    footer[48..56].copy_from_slice(&size.to_be_bytes());
+    footer[56..58].copy_from_slice(&chs.0.to_be_bytes());
+    footer[58..60].copy_from_slice(&[chs.1, chs.2]);
+    let sum = checksum(&footer, 64);
+    footer[64..68].copy_from_slice(&sum.to_be_bytes());
+    footer
+}
+
 fn header(entries: u64) -> [u8; 1024] {
     let mut header = [0; 1024];
     let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The driver `vpc`: Virtual PC's and Hyper-V's VHD, fixed and dynamic (Virtual Hard Disk Image Format Specification 1.0).
+//! The driver `vpc`: Virtual PC's and Hyper-V's VHD, fixed, dynamic and differencing (Virtual Hard Disk Image Format Specification 1.0).
 //!
 //! ```text
 //! footer, 512 bytes, at the end; dynamic disks have a copy at the start            (all big-endian)
@@ -10,26 +10,35 @@
 //! ```
 //!
 //! The block allocation table has the sector number of each block, all ones for none. A block is a bitmap of its sectors and
-//! then its data; in a disk without parent the bitmap is all ones. The footer moves with the end of the file, and until the next
+//! then its data; in a disk without parent the bitmap is all ones, and is not looked at. The footer moves with the end of the file, and until the next
 //! flush the copy at the start speaks for it.
 
+pub mod check;
 pub mod create;
+mod differencing;
+mod fixed;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use differencing::Differencing;
+use fixed::Fixed;
 
 use crate::blocks::{Blocks, Layout, Place};
 use crate::claims::Writes;
 use crate::driver::{
     Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, OptionKind, OptionSpec, OptionValue,
-    Prepared, Target, ZeroFlags,
+    Prepared, ZeroFlags,
 };
-use crate::{BlockNode, Error, Result, Wait};
+use crate::{BlockNode, Error, Preallocation, Result, Wait};
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {
     name: "vpc",
     summary: "Virtual PC's and Hyper-V's VHD",
-    children: &[ChildSpec { name: "file", required: true, writes: Writes::Metadata }],
+    children: &[
+        ChildSpec { name: "file", required: true, writes: Writes::Metadata },
+        ChildSpec { name: "backing", required: false, writes: Writes::Never },
+    ],
     options: &[OptionSpec {
         name: "force-size-calc",
         kind: OptionKind::Str,
@@ -50,6 +59,13 @@ const MAX_CHS: (u16, u8, u8) = (65535, 16, 255);
 const MAX_SIZE: u64 = 0xff00_0000 * SECTOR;
 const FIXED: u32 = 2;
 const DYNAMIC: u32 = 3;
+const DIFFERENCING: u32 = 4;
+/// Entries that a table can grow by while the disk is open: 2 TiB of the usual blocks.
+const MAX_GROWTH: u64 = 1 << 20;
+/// Data of blocks begins at a multiple of this, as pages and sectors of disks do.
+const ALIGNMENT: u64 = 4096;
+/// Where the first block of an empty disk begins: that leaves the table room to grow.
+const FIRST_BLOCK: u64 = 64 << 10;
 const NONE: u32 = 0xffff_ffff;
 /// Larger blocks than anybody makes would make a small image cost much memory.
 const MAX_BLOCK: u64 = 256 << 20;
@@ -99,12 +115,7 @@ impl Footer {
         }
         let kind = u32_at(&bytes, 60);
         match (kind, at_start) {
-            (FIXED, false) | (DYNAMIC, true) => {}
-            (4, _) => {
-                return Err(Error::unsupported(
-                    "this is a differencing VHD, and this version reads none: merge it into its parent first",
-                ));
-            }
+            (FIXED, false) | (DYNAMIC | DIFFERENCING, true) => {}
             _ => return Err(Error::corrupt(format!("a VHD of type {kind} does not begin like this one"))),
         }
         let size = size(&bytes, calculation)?;
@@ -112,6 +123,12 @@ impl Footer {
             return Err(Error::unsupported(format!("a VHD has at most {MAX_SIZE} bytes, not {size}")));
         }
         Ok(Footer { bytes, kind, header_offset: u64_at(&bytes, 16), size })
+    }
+}
+
+impl Footer {
+    fn uuid(&self) -> [u8; 16] {
+        self.bytes[68..].first_chunk().copied().unwrap_or_default()
     }
 }
 
@@ -133,6 +150,17 @@ fn size(footer: &[u8; 512], calculation: Option<&str>) -> Result<u64> {
     Ok(size.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX))
 }
 
+/// What holds for every disk that gets another size.
+fn check_resize(len: u64, preallocation: Preallocation) -> Result<()> {
+    if len > MAX_SIZE {
+        return Err(Error::unsupported(format!("a VHD has at most {MAX_SIZE} bytes, not {len}")));
+    }
+    if preallocation != Preallocation::Off {
+        return Err(Error::unsupported("VHDs change their size without preallocation only"));
+    }
+    Ok(())
+}
+
 fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
     let file = request.child("file")?;
     let calculation = match request.options.get("force-size-calc") {
@@ -140,6 +168,10 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         _ => None,
     };
     let footer = Footer::read(&file, calculation)?;
+    let backing = request.children.get("backing").cloned();
+    if backing.is_some() && footer.kind != DIFFERENCING {
+        return Err(Error::invalid("'backing' can only be set for differencing VHDs"));
+    }
     if footer.kind == FIXED {
         let there = file.len().saturating_sub(FOOTER);
         if footer.size > there {
@@ -148,45 +180,135 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
                 footer.size
             )));
         }
-        return Ok(Box::new(Fixed { file, size: footer.size }));
+        return Ok(Box::new(Fixed::new(file, &footer)));
     }
-    Ok(Box::new(Dynamic(open_dynamic(file, &footer)?)))
+    let header = Header::read(&file, &footer)?;
+    let survey = header.survey(&file)?;
+    let uuid = footer.uuid();
+    if footer.kind == DIFFERENCING {
+        let is_detached = request.detached.contains("backing");
+        let parent = differencing::Parent::read(&file, &header, backing.as_ref(), is_detached)?;
+        let blocks = header.open(&file, &footer, backing.clone(), &survey);
+        return Ok(Box::new(Differencing::new(blocks, backing, parent, uuid)));
+    }
+    let room = header.room(&survey);
+    Ok(Box::new(Dynamic { blocks: header.open(&file, &footer, None, &survey), room, header_at: header.at, uuid }))
 }
 
-fn open_dynamic(file: Arc<BlockNode>, footer: &Footer) -> Result<Blocks<Table>> {
-    let mut header = [0; 1024];
-    let at = footer.header_offset;
-    if at.checked_add(1024).is_none_or(|end| end > file.len()) {
-        return Err(Error::corrupt(format!("the dynamic header at {at:#x} is not within the file")));
+/// The dynamic header, checked.
+struct Header {
+    bytes: [u8; 1024],
+    at: u64,
+    table_offset: u64,
+    entries: u64,
+    block_size: u64,
+    /// Bytes of the bitmap in front of each block.
+    bitmap: u64,
+    /// No block begins in front of this.
+    reserved: u64,
+}
+
+/// What a look at every entry finds.
+struct Survey {
+    /// Where the first block begins, if there is one.
+    first: Option<u64>,
+    /// Where the last one ends, or the first one would begin.
+    end: u64,
+}
+
+impl Header {
+    fn read(file: &BlockNode, footer: &Footer) -> Result<Header> {
+        let mut header = [0; 1024];
+        let at = footer.header_offset;
+        if at.checked_add(1024).is_none_or(|end| end > file.len()) {
+            return Err(Error::corrupt(format!("the dynamic header at {at:#x} is not within the file")));
+        }
+        file.read(&mut header, at, Wait::Allowed).map_err(|e| Error::io("read the dynamic header", e))?;
+        if !header.starts_with(b"cxsparse") {
+            return Err(Error::corrupt("the VHD has no dynamic header where its footer says"));
+        }
+        if u32_at(&header, 36) != checksum(&header, 36) {
+            return Err(Error::corrupt("the checksum of the VHD's dynamic header is wrong"));
+        }
+        let (table_offset, entries) = (u64_at(&header, 16), u64::from(u32_at(&header, 28)));
+        let block_size = u64::from(u32_at(&header, 32));
+        if !block_size.is_power_of_two() || !(SECTOR..=MAX_BLOCK).contains(&block_size) {
+            return Err(Error::corrupt(format!(
+                "Invalid block size {block_size}: a power of two from 512 to {MAX_BLOCK}"
+            )));
+        }
+        if entries * block_size < footer.size {
+            return Err(Error::corrupt(format!(
+                "Page Allocation Table too small: {entries} blocks of {block_size} bytes for {} bytes",
+                footer.size
+            )));
+        }
+        let table_end = table_offset.checked_add((entries * 4).next_multiple_of(SECTOR));
+        let table_end = table_end.filter(|&end| end <= file.len());
+        let Some(table_end) = table_end.filter(|_| table_offset.is_multiple_of(SECTOR) && table_offset >= FOOTER)
+        else {
+            return Err(Error::corrupt(format!(
+                "the block allocation table at {table_offset:#x} is not within the file"
+            )));
+        };
+        // Bits for the block's sectors, in whole sectors.
+        let bitmap = (block_size / SECTOR / 8).max(1).next_multiple_of(SECTOR);
+        let reserved = table_end.max(at + 1024);
+        Ok(Header { bytes: header, at, table_offset, entries, block_size, bitmap, reserved })
     }
-    file.read(&mut header, at, Wait::Allowed).map_err(|e| Error::io("read the dynamic header", e))?;
-    if !header.starts_with(b"cxsparse") {
-        return Err(Error::corrupt("the VHD has no dynamic header where its footer says"));
+
+    /// No block may stand in front of the data area or past the end of the file.
+    fn survey(&self, file: &BlockNode) -> Result<Survey> {
+        const PIECE: u64 = 1 << 20;
+        let mut found = Survey { first: None, end: self.reserved };
+        let mut piece = vec![0; usize::try_from(PIECE.min(self.entries * 4)).unwrap_or(0)];
+        for first in (0..self.entries * 4).step_by(1 << 20) {
+            let len = usize::try_from((self.entries * 4 - first).min(PIECE)).unwrap_or(0);
+            let read = file.read_or_zero(&mut piece[..len], self.table_offset + first, Wait::Allowed);
+            read.map_err(|e| Error::io("read the block allocation table", e))?;
+            for entry in piece[..len].as_chunks::<4>().0 {
+                let sector = u32::from_be_bytes(*entry);
+                if sector == NONE {
+                    continue;
+                }
+                let start = u64::from(sector) * SECTOR;
+                let stop = start + self.bitmap + self.block_size;
+                if start < self.reserved || stop > file.len() {
+                    return Err(Error::corrupt(format!("a block at {start:#x} is not in the file's data area")));
+                }
+                found.first = Some(found.first.map_or(start, |first: u64| first.min(start)));
+                found.end = found.end.max(stop);
+            }
+        }
+        if found.first.is_none() {
+            found.end = found.end.max(FIRST_BLOCK);
+        }
+        Ok(found)
     }
-    if u32_at(&header, 36) != checksum(&header, 36) {
-        return Err(Error::corrupt("the checksum of the VHD's dynamic header is wrong"));
+
+    /// Entries that the table has room for.
+    fn room(&self, survey: &Survey) -> u64 {
+        let next = if self.at > self.table_offset { self.at } else { u64::MAX };
+        let room = survey.first.unwrap_or(survey.end).min(next).saturating_sub(self.table_offset) / 4;
+        room.clamp(self.entries, self.entries + MAX_GROWTH)
     }
-    let (table_offset, entries) = (u64_at(&header, 16), u64::from(u32_at(&header, 28)));
-    let block_size = u64::from(u32_at(&header, 32));
-    if !block_size.is_power_of_two() || !(SECTOR..=MAX_BLOCK).contains(&block_size) {
-        return Err(Error::corrupt(format!("Invalid block size {block_size}: a power of two from 512 to {MAX_BLOCK}")));
+
+    fn open(
+        &self,
+        file: &Arc<BlockNode>,
+        footer: &Footer,
+        backing: Option<Arc<BlockNode>>,
+        survey: &Survey,
+    ) -> Blocks<Table> {
+        let table = Table {
+            file: Arc::clone(file),
+            table_offset: self.table_offset,
+            block_size: self.block_size,
+            bitmap: self.bitmap,
+            footer: Mutex::new(footer.bytes),
+        };
+        Blocks::new(table, Arc::clone(file), backing, footer.size, self.room(survey), survey.end)
     }
-    if entries * block_size < footer.size {
-        return Err(Error::corrupt(format!(
-            "Page Allocation Table too small: {entries} blocks of {block_size} bytes for {} bytes",
-            footer.size
-        )));
-    }
-    let table_end = table_offset.checked_add((entries * 4).next_multiple_of(SECTOR));
-    if !table_offset.is_multiple_of(SECTOR) || table_offset < FOOTER || table_end.is_none_or(|end| end > file.len()) {
-        return Err(Error::corrupt(format!("the block allocation table at {table_offset:#x} is not within the file")));
-    }
-    // Bits for the block's sectors, in whole sectors.
-    let bitmap = (block_size / SECTOR / 8).max(1).next_multiple_of(SECTOR);
-    let table = Table { file: Arc::clone(&file), table_offset, block_size, bitmap, footer: footer.bytes };
-    let reserved = table_end.unwrap_or(0).max(at + 1024);
-    let end = table.survey(entries, reserved)?;
-    Ok(Blocks::new(table, file, None, footer.size, end))
 }
 
 struct Table {
@@ -195,33 +317,12 @@ struct Table {
     block_size: u64,
     /// Bytes of the bitmap in front of each block.
     bitmap: u64,
-    footer: [u8; 512],
+    footer: Mutex<[u8; 512]>,
 }
 
 impl Table {
-    /// Where the last block ends, at least `reserved`; no block may stand in front of that or past the end of the file.
-    fn survey(&self, entries: u64, reserved: u64) -> Result<u64> {
-        const PIECE: u64 = 1 << 20;
-        let mut end = reserved;
-        let mut piece = vec![0; usize::try_from(PIECE.min(entries * 4)).unwrap_or(0)];
-        for first in (0..entries * 4).step_by(1 << 20) {
-            let len = usize::try_from((entries * 4 - first).min(PIECE)).unwrap_or(0);
-            let read = self.file.read_or_zero(&mut piece[..len], self.table_offset + first, Wait::Allowed);
-            read.map_err(|e| Error::io("read the block allocation table", e))?;
-            for entry in piece[..len].as_chunks::<4>().0 {
-                let sector = u32::from_be_bytes(*entry);
-                if sector == NONE {
-                    continue;
-                }
-                let (start, stop) =
-                    (u64::from(sector) * SECTOR, u64::from(sector) * SECTOR + self.bitmap + self.block_size);
-                if start < reserved || stop > self.file.len() {
-                    return Err(Error::corrupt(format!("a block at {start:#x} is not in the file's data area")));
-                }
-                end = end.max(stop);
-            }
-        }
-        Ok(end)
+    fn footer(&self) -> MutexGuard<'_, [u8; 512]> {
+        self.footer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -249,96 +350,108 @@ impl Layout for Table {
         u32::try_from(place / SECTOR).ok().filter(|&sector| sector != NONE).map(u32::to_be_bytes)
     }
 
+    fn none(&self) -> [u8; 4] {
+        NONE.to_be_bytes()
+    }
+
+    fn next_place(&self, end: u64) -> u64 {
+        (end + self.bitmap).next_multiple_of(ALIGNMENT) - self.bitmap
+    }
+
+    fn file_len(&self, end: u64) -> u64 {
+        end + FOOTER
+    }
+
     fn begin_block(&self, place: u64) -> io::Result<()> {
         let bitmap = vec![0xff; usize::try_from(self.bitmap).unwrap_or(0)];
         self.file.write_growing(&bitmap, place, false)
     }
 
     fn publish(&self, end: u64) -> io::Result<()> {
-        self.file.write_growing(&self.footer, end, false)
+        let footer = *self.footer();
+        self.file.write_growing(&footer, end, false)
     }
 }
 
-struct Dynamic(Blocks<Table>);
+struct Dynamic {
+    blocks: Blocks<Table>,
+    /// Entries that the table has room for.
+    room: u64,
+    /// Where the dynamic header stands.
+    header_at: u64,
+    uuid: [u8; 16],
+}
 
 impl Driver for Dynamic {
     fn len(&self) -> u64 {
-        self.0.size
+        self.blocks.size()
     }
 
     fn map(&self, offset: u64, len: u64, ask: Ask) -> io::Result<Mapping<'_>> {
-        self.0.map(offset, len, ask)
+        self.blocks.map(offset, len, ask)
     }
 
     fn prepare_write(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
-        self.0.prepare_write(offset, len)
+        self.blocks.prepare_write(offset, len)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
-        self.0.write_zeroes(offset, len, flags)
+        self.blocks.write_zeroes(offset, len, flags)
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.0.discard(offset, len)
+        self.blocks.discard(offset, len)
     }
 
     fn bypasses_cache(&self) -> bool {
-        self.0.file.bypasses_cache()
+        self.blocks.file.bypasses_cache()
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.0.flush()
+        self.blocks.flush()
     }
 
-    fn info(&self) -> Info {
-        Info {
-            allocated_size: self.0.file.info().allocated_size,
-            cluster_size: Some(self.0.layout.block_size),
-            specifics: vec![("subformat", InfoValue::Str("dynamic".into()))],
-            ..Info::default()
+    fn resize(&self, len: u64, preallocation: Preallocation) -> Result<()> {
+        let now = self.len();
+        check_resize(len, preallocation)?;
+        if len < now {
+            return Err(Error::unsupported("dynamic VHDs do not become smaller; convert the image to a smaller one"));
         }
-    }
-}
-
-/// A fixed disk: the guest's bytes, then the footer.
-struct Fixed {
-    file: Arc<BlockNode>,
-    size: u64,
-}
-
-impl Driver for Fixed {
-    fn len(&self) -> u64 {
-        self.size
-    }
-
-    fn map(&self, offset: u64, len: u64, _: Ask) -> io::Result<Mapping<'_>> {
-        Ok(Mapping::fixed(Target::Child { node: &self.file, offset }, len))
-    }
-
-    fn prepare_write(&self, offset: u64, len: u64) -> io::Result<Prepared<'_>> {
-        Ok(Prepared::in_place(Target::Data { node: &self.file, offset }, len))
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
-        self.file.write_zeroes(offset, len, flags, false)
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.file.discard(offset, len)
-    }
-
-    fn bypasses_cache(&self) -> bool {
-        self.file.bypasses_cache()
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.file.flush()
+        let table = &self.blocks.layout;
+        let entries = u32::try_from(len.div_ceil(table.block_size)).unwrap_or(u32::MAX);
+        if u64::from(entries) > self.room {
+            return Err(Error::unsupported(format!(
+                "the VHD's block allocation table has room for {} bytes, not {len}: convert the image to a new one",
+                self.room * table.block_size
+            )));
+        }
+        if len == now {
+            return Ok(());
+        }
+        let grown = self.blocks.grow(len, |end| {
+            // Entries and checksum stand in the header's first sector, which is written whole or not.
+            let mut header = [0; 1024];
+            self.blocks.file.read(&mut header, self.header_at, Wait::Allowed)?;
+            let entries = entries.max(u32_at(&header, 28));
+            header[28..32].copy_from_slice(&entries.to_be_bytes());
+            let sum = checksum(&header, 36);
+            header[36..40].copy_from_slice(&sum.to_be_bytes());
+            self.blocks.file.write(&header[..512], self.header_at, false)?;
+            self.blocks.file.flush()?;
+            let footer = create::resized(&table.footer(), len);
+            self.blocks.file.write(&footer, 0, false)?;
+            *table.footer() = footer;
+            table.publish(end)
+        });
+        grown.map_err(|e| Error::io("resize the VHD", e))
     }
 
     fn info(&self) -> Info {
         Info {
-            allocated_size: self.file.info().allocated_size,
-            specifics: vec![("subformat", InfoValue::Str("fixed".into()))],
+            allocated_size: self.blocks.file.info().allocated_size,
+            cluster_size: Some(self.blocks.layout.block_size),
+            uuid: Some(self.uuid),
+            specifics: vec![("subformat", InfoValue::Str("dynamic".into()))],
             ..Info::default()
         }
     }
