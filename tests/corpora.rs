@@ -87,6 +87,13 @@ fn formats_that_are_written_survive_their_corpus() {
 }
 
 #[test]
+fn disks_of_blocks_in_one_table_survive_their_corpora() {
+    replay("vdi", fuzzed::vdi);
+    replay("vmdk", fuzzed::vmdk);
+    replay("vpc", fuzzed::vpc);
+}
+
+#[test]
 fn the_fuse_file_survives_its_corpus() {
     replay("fuse_requests", fuzzed::fuse_requests);
 }

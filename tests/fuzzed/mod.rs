@@ -3,6 +3,7 @@
 //! `corpora` feeds them what is committed.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, unreachable_pub)]
 
+mod disks;
 mod image_write;
 mod nbd;
 mod nbd_client;
@@ -23,6 +24,7 @@ use export::fuse;
 use fdset::{FdPolicy, Lifetime};
 use qmp::Parser;
 
+pub use disks::{vdi, vmdk, vpc};
 pub use image_write::image_write;
 pub use nbd::{nbd_handshake, nbd_requests, nbd_tls, transmit};
 pub use nbd_client::{answered, nbd_client};

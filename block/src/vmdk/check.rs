@@ -27,6 +27,7 @@ pub fn check(file: &Arc<BlockNode>, repair: Repair, say: Say<'_>) -> Result<Chec
     let data = metadata_end(&header);
     let capacity = header.capacity;
     let sparse = Sparse::new(header, Arc::clone(file), None, 0, capacity);
+    sparse.check_shared_tables()?;
     if compressed {
         return stream(&sparse, say);
     }

@@ -121,13 +121,19 @@ impl Sparse {
 
     /// Whether every table is there and none over another.
     pub fn check_tables(&self) -> Result<()> {
+        if self.header.tables.iter().chain(&self.header.copies).any(|&at| at == 0) {
+            return Err(Error::unsupported("some of the VMDK's grain tables are missing; it can be read only"));
+        }
+        self.check_shared_tables()
+    }
+
+    /// Whether no table is over another; so many tables have room in the file.
+    pub fn check_shared_tables(&self) -> Result<()> {
         let header = &self.header;
         let bytes = header.entries * 4;
         let mut tables: Vec<u64> = header.tables.iter().chain(&header.copies).copied().collect();
         tables.sort_unstable();
-        if tables.first() == Some(&0) {
-            return Err(Error::unsupported("some of the VMDK's grain tables are missing; it can be read only"));
-        }
+        tables.retain(|&at| at != 0);
         if tables.windows(2).any(|pair| pair[0] + bytes > pair[1]) {
             return Err(Error::corrupt("two of the VMDK's grain tables share their place; it can be read only"));
         }
