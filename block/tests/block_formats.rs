@@ -147,6 +147,12 @@ fn images_that_break_the_rules_are_refused_with_the_reason() {
         ("vpc", "one entry", |image| put(image, 512, 28, &1u32.to_be_bytes()), "Table too small"),
         ("vpc", "2^32-1 entries", |image| put(image, 512, 28, &u32::MAX.to_be_bytes()), "not within the file"),
         ("vpc", "table in the header", |image| put(image, 512, 16, &0u64.to_be_bytes()), "not within the file"),
+        (
+            "vpc",
+            "table over the header",
+            |image| put(image, 512, 16, &1024u64.to_be_bytes()),
+            "over the dynamic header",
+        ),
         ("vpc", "block in the header", |image| image[1536..1540].copy_from_slice(&1u32.to_be_bytes()), "data area"),
         ("vpc", "block past the end", |image| image[1536..1540].copy_from_slice(&9999u32.to_be_bytes()), "data area"),
     ];

@@ -251,6 +251,11 @@ impl Header {
                 "the block allocation table at {table_offset:#x} is not within the file"
             )));
         };
+        if table_offset < at + 1024 && at < table_end {
+            return Err(Error::corrupt(format!(
+                "the block allocation table at {table_offset:#x} lies over the dynamic header at {at:#x}"
+            )));
+        }
         // Bits for the block's sectors, in whole sectors.
         let bitmap = (block_size / SECTOR / 8).max(1).next_multiple_of(SECTOR);
         let reserved = table_end.max(at + 1024);
