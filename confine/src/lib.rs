@@ -29,10 +29,12 @@ mod landlocked;
 mod namespaces;
 mod plan;
 mod privileges;
+mod profile;
 mod report;
 mod rules;
 mod seccomp;
 
 pub use confined::{Confined, Error, confine};
 pub use plan::{Denial, Layer, Level, Plan, Requirement, Role};
+pub use profile::container_profile;
 pub use report::{LayerReport, Report};
