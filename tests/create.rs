@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `blockdev-create` of qcow2: into nodes, as a job, judged by qemu-img.
+//! `blockdev-create`: formats made in nodes, as a job, judged by qemu-img.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod harness;
@@ -96,7 +96,7 @@ fn an_image_that_cannot_be_made_fails_its_job_and_leaves_the_nodes_alone() {
     add_file(&mut daemon, &scratch, "image");
     let wanted = |size: u64, file: &str| json!({ "driver": "qcow2", "file": file, "size": size });
     for (wanted, said) in [
-        (wanted(512, "none"), "Cannot find device='' nor node-name='none'"),
+        (wanted(512, "none"), "Cannot find device='none' nor node-name='none'"),
         (wanted(100, "image"), "Image size must be a multiple of 512 bytes"),
         (
             json!({ "driver": "qcow2", "file": { "driver": "file", "filename": "/etc/passwd" }, "size": 512 }),
@@ -117,4 +117,91 @@ fn an_image_that_cannot_be_made_fails_its_job_and_leaves_the_nodes_alone() {
     assert!(error.contains("Permission conflict on node 'image'"), "{error}");
     daemon.ok("blockdev-del", json!({ "node-name": "disk" }));
     assert_eq!(create(&mut daemon, &wanted(1 << 20, "image")), None);
+}
+
+#[test]
+fn every_format_is_made_and_opened_at_once() {
+    let test = "every_format_is_made_and_opened_at_once";
+    if !judges(test, &["qemu-img", "qemu-io", "cryptsetup"]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    std::fs::write(scratch.path("passphrase"), "open sesame").unwrap();
+    let mut daemon = TestDaemon::start();
+    daemon.ok("object-add", json!({ "qom-type": "secret", "id": "s", "data": "open sesame" }));
+    daemon.start_nbd();
+    let encrypt = json!({ "format": "luks", "key-secret": "s", "iter-time": 5, "cipher-alg": "aes-128" });
+    let key = json!({ "format": "luks", "key-secret": "s" });
+    for (number, (options, opened)) in [
+        (json!({ "driver": "qcow2", "encrypt": encrypt }), json!({ "driver": "qcow2", "encrypt": key })),
+        (
+            json!({ "driver": "luks", "key-secret": "s", "iter-time": 5, "hash-alg": "sha1" }),
+            json!({ "driver": "luks", "key-secret": "s" }),
+        ),
+        (json!({ "driver": "vdi" }), json!({ "driver": "vdi" })),
+        (json!({ "driver": "vdi", "preallocation": "metadata" }), json!({ "driver": "vdi" })),
+        (json!({ "driver": "vpc", "subformat": "fixed", "force-size": true }), json!({ "driver": "vpc" })),
+        (json!({ "driver": "vpc", "force-size": true }), json!({ "driver": "vpc" })),
+        (json!({ "driver": "vmdk", "adapter-type": "lsilogic" }), json!({ "driver": "vmdk" })),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("image{number}");
+        add_file(&mut daemon, &scratch, &name);
+        let with = |mut options: Value, more: Value| {
+            options.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            options
+        };
+        assert_eq!(
+            create(&mut daemon, &with(options.clone(), json!({ "file": name, "size": 1 << 20 }))),
+            None,
+            "{options}"
+        );
+        daemon.ok("blockdev-add", with(opened.clone(), json!({ "node-name": "disk", "file": name })));
+        daemon.export("disk", true);
+        run("qemu-io", &["-f", "raw", "-c", "write -P 7 4k 100k", "-c", "flush", &daemon.uri("disk")]);
+        let busy = create(&mut daemon, &with(options.clone(), json!({ "file": name, "size": 1 << 20 }))).unwrap();
+        assert!(busy.contains("Permission conflict on node"), "{busy}");
+        daemon.ok("block-export-del", json!({ "id": "disk", "mode": "hard" }));
+        for node in ["disk", &name] {
+            while daemon.daemon.execute("blockdev-del", json!({ "node-name": node }), &[]).is_err() {
+                std::thread::yield_now();
+            }
+        }
+        let driver = opened["driver"].as_str().unwrap();
+        let key = match driver {
+            "qcow2" => ",encrypt.format=luks,encrypt.key-secret=s",
+            "luks" => ",key-secret=s",
+            _ => "",
+        };
+        let image = format!("driver={driver}{key},file.driver=file,file.filename={}", scratch.name(&name));
+        let secret = format!("secret,id=s,file={}", scratch.name("passphrase"));
+        let read = ["-c", "read -P 7 4k 100k"];
+        run("qemu-io", &[&["--object", &secret, "--image-opts", &image][..], &read].concat());
+        if driver == "luks" {
+            run(
+                "cryptsetup",
+                &["luksOpen", "--test-passphrase", "-d", &scratch.name("passphrase"), &scratch.name(&name)],
+            );
+        }
+    }
+    add_file(&mut daemon, &scratch, "one");
+    for (options, said) in [
+        (json!({ "driver": "luks" }), "Parameter 'key-secret' is required for cipher"),
+        (json!({ "driver": "luks", "key-secret": "zz" }), "No secret with id 'zz'"),
+        (
+            json!({ "driver": "qcow2", "encrypt": { "format": "luks" } }),
+            "Parameter 'encrypt.key-secret' is required for cipher",
+        ),
+        (json!({ "driver": "vmdk", "subformat": "monolithicFlat" }), "'extents' has 0 nodes"),
+    ] {
+        let mut wanted = options;
+        wanted["file"] = json!("one");
+        wanted["size"] = json!(1 << 20);
+        let error = create(&mut daemon, &wanted).unwrap();
+        assert!(error.contains(said), "{wanted}: {error}");
+    }
+    let raw = json!({ "job-id": "j", "options": { "driver": "raw", "file": "one", "size": 512 } });
+    assert_eq!(daemon.error("blockdev-create", raw), "Parameter 'driver' does not accept value 'raw'");
 }

@@ -7,6 +7,7 @@
 //! [`Graph::settle`] brings a node in line with its users, children first.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::graph::Graph;
 use crate::{Error, ErrorKind, Result};
@@ -26,13 +27,18 @@ pub enum User {
         /// Its id.
         id: String,
     },
+    /// A job.
+    Job {
+        /// Its id.
+        id: String,
+    },
 }
 
 impl User {
     fn edge(&self) -> &str {
         match self {
             User::Node { edge, .. } => edge,
-            User::Export { .. } => "root",
+            User::Export { .. } | User::Job { .. } => "root",
         }
     }
 }
@@ -42,6 +48,7 @@ impl fmt::Display for User {
         match self {
             User::Node { name, .. } => write!(f, "node '{name}'"),
             User::Export { id } => write!(f, "export '{id}'"),
+            User::Job { id } => write!(f, "job '{id}'"),
         }
     }
 }
@@ -115,6 +122,33 @@ impl Graph {
         self.next_claim += 1;
         self.change(name, id, usage)?;
         Ok(Claim { id })
+    }
+
+    /// Claims a node that nobody else uses, to make it anew. On an error nothing has changed.
+    ///
+    /// # Errors
+    /// In QEMU's words: it is read-only, or somebody uses it; else as [`Graph::claim`].
+    pub fn claim_alone(&mut self, name: &str, usage: Use) -> Result<Claim> {
+        let entry = self.entry(name)?;
+        if !entry.node.writable() {
+            return Err(Error::invalid("Block node is read-only"));
+        }
+        if let Some(other) = entry.claims.values().next() {
+            let uses = |usage: &Use| format!("{} (uses node '{name}' as '{}' child)", usage.user, usage.user.edge());
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "Permission conflict on node '{name}': permissions 'resize' are both required by {} and unshared by {}.",
+                    uses(&usage),
+                    uses(other)
+                ),
+            ));
+        }
+        self.claim(name, usage)
+    }
+
+    fn change_all(&mut self, uses: &[(String, u64, Use)]) -> Result<()> {
+        uses.iter().try_for_each(|(child, claim, usage)| self.change(child, *claim, usage.clone()))
     }
 
     /// Puts a use in the place of claim `id`'s.
@@ -216,7 +250,7 @@ impl Graph {
             let text = format!("Cannot make block node read-only, there is a writer on it: {}", writer.user);
             return Err(Error::new(ErrorKind::InUse, text));
         }
-        let metadata: Vec<(String, u64, Use)> = entry
+        let mut metadata: Vec<(String, u64, Use)> = entry
             .links
             .iter()
             .filter(|link| link.writes == Writes::Metadata)
@@ -225,9 +259,22 @@ impl Graph {
                 (link.edge.child.clone(), link.claim, link.writes.usage(user, writable))
             })
             .collect();
-        entry.node.driver().reopen(writable)?;
-        for (child, claim, usage) in metadata {
-            self.change(&child, claim, usage)?;
+        let driver_of = |graph: &Graph| graph.entry(name).map(|entry| Arc::clone(&entry.node));
+        if writable {
+            // The driver may have to write before it can go on: to a file that is its own by then.
+            self.change_all(&metadata)?;
+            if let Err(e) = driver_of(self)?.driver().reopen(true) {
+                for (_, _, usage) in &mut metadata {
+                    (usage.writes, usage.resizes) = (false, false);
+                }
+                if let Err(e) = self.change_all(&metadata) {
+                    tracing::warn!(node = name, "going back to what was before: {e}");
+                }
+                return Err(e);
+            }
+        } else {
+            driver_of(self)?.driver().reopen(false)?;
+            self.change_all(&metadata)?;
         }
         let demand = self.demand(name);
         let Some(entry) = self.nodes.get_mut(name) else { return Ok(()) };

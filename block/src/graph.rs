@@ -174,7 +174,7 @@ impl Graph {
         if let Some(usage) = entry.claims.values().next() {
             let text = match usage.user {
                 User::Node { .. } => format!("Block device {name} is in use"),
-                User::Export { .. } => format!("Node {name} is in use"),
+                User::Export { .. } | User::Job { .. } => format!("Node {name} is in use"),
             };
             return Err(Error::new(ErrorKind::InUse, text));
         }

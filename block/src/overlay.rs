@@ -34,6 +34,7 @@ impl Graph {
                 match &usage.user {
                     User::Export { id } => drop(found.insert(id.clone())),
                     User::Node { name, .. } => names.push(name),
+                    User::Job { .. } => {}
                 }
             }
         }
@@ -46,7 +47,7 @@ impl Graph {
         claims
             .filter_map(|usage| match &usage.user {
                 User::Export { id } => Some(id.clone()),
-                User::Node { .. } => None,
+                User::Node { .. } | User::Job { .. } => None,
             })
             .collect()
     }
@@ -165,6 +166,9 @@ impl Graph {
             return Err(Error::invalid("Block node is read-only"));
         }
         for usage in claims.values() {
+            if let User::Job { id } = &usage.user {
+                return Err(Error::new(ErrorKind::InUse, format!("Node '{node}' is busy: job '{id}' works on it")));
+            }
             if let User::Node { name, edge } = &usage.user
                 && !self.nodes.get(name).is_some_and(|parent| parent.node.driver().attaches(edge))
             {
@@ -183,7 +187,7 @@ impl Graph {
     fn is_read(&self, name: &str) -> bool {
         let Some(entry) = self.nodes.get(name) else { return false };
         entry.claims.iter().any(|(id, usage)| match &usage.user {
-            User::Export { .. } => true,
+            User::Export { .. } | User::Job { .. } => true,
             User::Node { name, .. } => {
                 let parent = self.nodes.get(name).into_iter().flat_map(|parent| &parent.links);
                 let keeps = |link: &Link| link.claim == *id && link.writes == Writes::Metadata;

@@ -113,6 +113,8 @@ pub(crate) struct Qcow2 {
     l1_offset: AtomicU64,
     slices: Slices,
     inflated: Inflated,
+    /// Whether the image was not closed properly, and was not repaired since.
+    dirty: AtomicBool,
     /// Whether requests must be counted: places change hands.
     writable: AtomicBool,
     /// Whether the image was found damaged while it was written: no more writing.
@@ -173,7 +175,7 @@ impl Qcow2 {
         if meta.refcounts.is_some() && !meta.corrupt {
             self.give_up(meta);
             if self.rules.version > 2 {
-                let field = (self.header.incompatible | header::CORRUPT).to_be_bytes();
+                let field = (self.header.incompatible & !header::DIRTY | header::CORRUPT).to_be_bytes();
                 let marked = self.file.write(&field, header::AT_INCOMPATIBLE, false).and_then(|()| self.file.flush());
                 if let Err(e) = marked {
                     tracing::warn!(node = self.node_name, "the image could not be marked as corrupt: {e}");
@@ -308,7 +310,10 @@ impl Driver for Qcow2 {
     }
 
     fn close(&self) -> io::Result<()> {
-        self.settle()
+        let settled = self.settle();
+        // Once is enough, whatever came of it: there is nothing left to settle when the value goes.
+        self.meta().refcounts = None;
+        settled
     }
 
     fn reopen(&self, writable: bool) -> Result<()> {
@@ -328,7 +333,7 @@ impl Driver for Qcow2 {
         let header = &self.header;
         Info {
             uuid: None,
-            dirty: header.dirty,
+            dirty: self.dirty.load(Ordering::Relaxed),
             encrypted: self.luks.is_some(),
             allocated_size: self.file.info().allocated_size,
             cluster_size: Some(header.cluster_size()),

@@ -89,6 +89,7 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         l1_offset: AtomicU64::new(header.l1_offset),
         slices: Slices::new(header.size.div_ceil(covered), words, budget),
         inflated: Inflated::new(1 << header.cluster_bits),
+        dirty: AtomicBool::new(header.dirty),
         header,
         file,
         data,
@@ -124,16 +125,17 @@ impl Qcow2 {
     /// Gets the image ready for writing.
     pub fn begin_writing(&self) -> Result<()> {
         // Tables may have moved since the image was opened.
-        let header = &Header::read(&self.file)?;
+        let mut header = Header::read(&self.file)?;
+        if header.dirty && !header.corrupt && !self.meta().corrupt {
+            header = super::check::make_clean(&self.file, &self.node_name)?;
+            self.dirty.store(false, Ordering::Relaxed);
+            self.reload_l1(&header)?;
+        }
+        let header = &header;
         let (mut bitmaps, bitmap_places) = self.bitmaps_on_disk(header)?;
         let mut meta = self.meta();
         if header.corrupt || meta.corrupt {
             return Err(Error::unsupported("qcow2: Image is corrupt; cannot be opened read/write"));
-        }
-        if header.dirty {
-            return Err(Error::unsupported(
-                "qcow2: Image was not closed properly and its reference counts must be rebuilt before it is written",
-            ));
         }
         // At most 8 MiB, which the header's check has made sure of.
         let entries = u64::from(header.refcount_table_clusters) * self.rules.cluster_size() / 8;
@@ -158,6 +160,23 @@ impl Qcow2 {
         // Slices that are in memory were not looked at as closely as those to come.
         self.slices.clear();
         self.writable.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Takes the L1 table over from disk, where a repair may have changed marks in it.
+    fn reload_l1(&self, header: &Header) -> Result<()> {
+        let entries = read_l1(&self.file, header)?;
+        let gone: Vec<usize> = self.l1.tables(usize::MAX).map(|(index, _)| index).collect();
+        for index in gone.into_iter().filter(|&index| index >= entries.len()) {
+            self.l1.set(index, L1Entry(0));
+        }
+        for (index, entry) in entries.into_iter().enumerate() {
+            if self.l1.get(index) != entry {
+                self.l1.set(index, entry);
+            }
+        }
+        self.l1_offset.store(header.l1_offset, Ordering::SeqCst);
+        self.meta().l1_room = u64::from(header.l1_room);
         Ok(())
     }
 
