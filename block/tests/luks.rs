@@ -259,7 +259,7 @@ fn hostile_headers_are_refused_with_the_reason() {
         ("no key", u32_at(108, 0), "no keys of 0 bytes"),
         ("digest without iterations", u32_at(164, 0), "no iterations"),
         ("digest of hours", u32_at(164, u32::MAX), "rounds of PBKDF2"),
-        ("slot of hours", u32_at(212, u32::MAX), "rounds of PBKDF2"),
+        ("slot of hours", u32_at(212, u32::MAX), "give the passphrase fewer iterations"),
         ("slot without iterations", u32_at(212, 0), "iteration count is zero"),
         ("slot state", u32_at(208, 1), "neither on nor off"),
         ("huge stripes", u32_at(252, u32::MAX), "stripes 4294967295 != 4000"),

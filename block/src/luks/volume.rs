@@ -12,9 +12,9 @@ use super::header::{HEADER_BYTES, Header, SLOTS, Slot, material_bytes, slot_offs
 use super::keys::Hash;
 use crate::{Error, Result};
 
-/// Most work of PBKDF2 that one unlocking does, in iterations times pieces of the key: about half a minute. Without an end, a
-/// header could keep a processor busy for hours.
-const MOST_WORK: u64 = 1 << 27;
+/// Most work of PBKDF2 that one unlocking does, in iterations times pieces of the key: a quarter of a minute on a slow machine.
+/// Whoever asked waits meanwhile, and in a daemon all other commands, too; without an end, a header could keep them for hours.
+const MOST_WORK: u64 = 1 << 26;
 
 /// Fewest iterations of a new header.
 const FEWEST: u64 = 1000;
@@ -74,7 +74,9 @@ pub fn open(read_at: &dyn Fn(u64, &mut [u8]) -> io::Result<()>, room: u64, passp
         work += header.hash.work(slot.iterations, key_bytes) + header.hash.work(header.iterations, 20);
         if work > MOST_WORK {
             return Err(Error::unsupported(format!(
-                "unlocking would take {work} rounds of PBKDF2 ({} iterations in one keyslot), and at most {MOST_WORK} are done",
+                "unlocking would take {work} rounds of PBKDF2 ({} iterations in one keyslot), and at most {MOST_WORK} are done, \
+                 because everybody waits meanwhile; give the passphrase fewer iterations (cryptsetup luksChangeKey --iter-time \
+                 1000) or a keyslot in front of the others",
                 slot.iterations
             )));
         }
@@ -124,7 +126,7 @@ pub fn format(options: &FormatOptions, passphrase: &[u8]) -> Result<(Vec<u8>, Vo
     let FormatOptions { cipher, hash, iter_time, detached } = *options;
     let end = options.header_bytes();
     let key = random(cipher.key_bytes())?;
-    let limit = MOST_WORK / 4 / hash.work(1, cipher.key_bytes());
+    let limit = MOST_WORK / 2 / hash.work(1, cipher.key_bytes());
     let iterations = hash.iterations_in(iter_time, cipher.key_bytes()).clamp(FEWEST, limit);
     let bounded = |iterations: u64| u32::try_from(iterations).unwrap_or(u32::MAX);
     let mut header = Header {
