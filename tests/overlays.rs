@@ -20,6 +20,7 @@ use disorder::{Model, SECTOR};
 use front_end::{FrontEnd, Memory, Options};
 use harness::{Scratch, TestDaemon, judges, program, run};
 use manager::fuse::{AllowOther, Mount};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 const SECTORS: usize = 2048;
@@ -366,4 +367,36 @@ fn all_overlays_of_a_transaction_come_or_none() {
     let expected = [[1; 65536], [2; 65536], [3; 65536]].concat();
     assert!(bench.as_qemu_reads("two")[..expected.len()] == expected);
     assert!(bench.as_qemu_reads("one")[..expected.len()] == [[1; 65536], [2; 65536], [0; 65536]].concat());
+}
+
+#[test]
+fn what_was_answered_before_a_snapshot_survives_the_daemons_death_after_it() {
+    let test = "what_was_answered_before_a_snapshot_survives_the_daemons_death_after_it";
+    if !judges(test, &["qemu-img", "qemu-io"]) {
+        return;
+    }
+    let mut bench = Bench::new();
+    bench.image("base", SIZE, None);
+    bench.add("base", false);
+    bench.overlay("above", "base");
+    bench.daemon.start_nbd();
+    bench.export("base", true);
+    let socket = UnixStream::connect(bench.daemon.socket()).unwrap();
+    let mut client = Client::negotiate(socket, Style::Simple).unwrap();
+    // Never flushed by the client: the snapshot sees to it, because a flush of the overlay does not reach the base.
+    client.write(65_536, &[1; 65_536]).unwrap();
+    bench.snapshot("base", "above");
+    client.write(262_144, &[2; 4096]).unwrap();
+    let uri = manager::serve::uri(&bench.daemon.socket(), "disk");
+    run("qemu-io", &["-f", "raw", "-c", "flush", &uri]);
+    kill_process(Pid::from_raw(bench.daemon.pid().cast_signed()).unwrap(), Signal::KILL).unwrap();
+    std::mem::replace(&mut bench.daemon, TestDaemon::start()).daemon.wait().unwrap();
+    for name in ["base", "above"] {
+        run("qemu-img", &["check", "-q", &bench.scratch.name(name)]);
+    }
+    let mut expected = vec![0; SIZE as usize];
+    expected[65_536..131_072].fill(1);
+    assert!(bench.as_qemu_reads("base") == expected);
+    expected[262_144..262_144 + 4096].fill(2);
+    assert!(bench.as_qemu_reads("above") == expected);
 }
