@@ -320,6 +320,14 @@ fn images_are_resized_and_amended_as_qemu_img_does() {
         (Some("base.raw"), Some("raw"))
     );
     clean();
+    for (bits, works) in [(64, true), (1, true), (3, false), (16, true)] {
+        let arguments = ["amend", "-o", &format!("refcount_bits={bits}"), "image.qcow2"];
+        let amended = ours(&dir, &arguments);
+        assert_eq!(amended.status.success(), works, "{bits}: {}", err(&amended));
+        let info = json(&run_in(&dir, &["info", "--output=json", "image.qcow2"]));
+        assert_eq!(info["format-specific"]["data"]["refcount-bits"] == bits, works);
+        clean();
+    }
 }
 
 #[test]

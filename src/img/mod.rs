@@ -30,7 +30,7 @@ struct Options {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Change options of an image: compat, lazy_refcounts, backing_file, backing_fmt.
+    /// Change options of an image: compat, lazy_refcounts, refcount_bits, backing_file, backing_fmt.
     Amend(changing::Amend),
     /// Change the dirty bitmaps that an image keeps.
     Bitmap(keeping::Bitmap),

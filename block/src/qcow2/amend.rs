@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Changing what an image that nobody has open says of itself, without moving anything in it.
+//! Changing what an image that nobody has open says of itself, without moving a guest's data.
 
 use std::sync::Arc;
 
+use super::check::change_refcount_width;
 use super::header::{self, Header, LAZY_REFCOUNTS};
 use super::rewrite::{EXT_BACKING_FORMAT, Parts};
 use crate::driver::{OptionValue, Options};
@@ -17,6 +18,11 @@ pub fn amend(file: &Arc<BlockNode>, options: &Options) -> Result<()> {
     let header = Header::read(file)?;
     if header.incompatible & (header::DIRTY | header::CORRUPT) != 0 {
         return Err(Error::invalid("the image was not closed properly or is damaged; repair it first (check -r all)"));
+    }
+    if let Some(&OptionValue::Size(bits)) = options.get("refcount_bits")
+        && bits != u64::from(header.refcount_bits())
+    {
+        return change_width(file, &header, bits, options);
     }
     let mut parts = Parts::read(file, header.cluster_bits)?;
     let mut version = header.version;
@@ -40,11 +46,6 @@ pub fn amend(file: &Arc<BlockNode>, options: &Options) -> Result<()> {
                 }
             },
             ("refcount_bits", OptionValue::Size(bits)) if *bits == u64::from(header.refcount_bits()) => {}
-            ("refcount_bits", _) => {
-                return Err(Error::unsupported(
-                    "the refcount width cannot be changed in place; convert the image with -o refcount_bits=N",
-                ));
-            }
             ("data_file_raw", OptionValue::Bool(raw)) if *raw == header.data_file_raw => {}
             ("lazy_refcounts" | "backing_file" | "backing_fmt", _) => {}
             (other, _) => return Err(Error::invalid(format!("Option '{other}' cannot be amended"))),
@@ -86,4 +87,24 @@ pub fn amend(file: &Arc<BlockNode>, options: &Options) -> Result<()> {
     let bytes = parts.encode()?;
     let written = file.write_growing(&bytes, 0, false).and_then(|()| file.flush());
     written.map_err(|e| Error::io("write the qcow2 header", e))
+}
+
+/// Another refcount width, after everything else that is asked.
+fn change_width(file: &Arc<BlockNode>, header: &Header, bits: u64, options: &Options) -> Result<()> {
+    let order = (bits.is_power_of_two() && bits <= 64).then(|| bits.ilog2());
+    let order =
+        order.ok_or_else(|| Error::invalid("Refcount width must be a power of two and may not exceed 64 bits"))?;
+    let becomes_3 =
+        matches!(options.get("compat"), Some(OptionValue::Str(compat)) if compat == "1.1" || compat == "v3");
+    if header.version == 2 && !becomes_3 {
+        return Err(Error::invalid(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)",
+        ));
+    }
+    let mut others = options.clone();
+    others.remove("refcount_bits");
+    if !others.is_empty() {
+        amend(file, &others)?;
+    }
+    change_refcount_width(file, order)
 }

@@ -27,6 +27,8 @@ pub const AT_REFCOUNT_TABLE: u64 = 48;
 pub const AT_SNAPSHOTS: u64 = 60;
 pub const AT_INCOMPATIBLE: u64 = 72;
 pub const AT_AUTOCLEAR: u64 = 88;
+/// Of version 3.
+pub const AT_REFCOUNT_ORDER: u64 = 96;
 
 /// Incompatible feature bits.
 pub const DIRTY: u64 = 1 << 0;

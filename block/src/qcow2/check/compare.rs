@@ -35,7 +35,7 @@ impl Check<'_> {
             }
             Repair::All if rebuild => {
                 self.say("Rebuilding refcount structure");
-                self.rebuild_refcounts()?;
+                self.rebuild_refcounts(self.header.refcount_order)?;
                 self.report.check_errors -= std::mem::take(&mut self.unknown);
                 self.report.corruptions_fixed += self.wrong_counts;
                 self.report.corruptions -= self.wrong_counts;

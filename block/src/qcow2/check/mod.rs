@@ -70,45 +70,36 @@ struct Check<'a> {
 
 /// See [`crate::check`].
 pub fn check(file: &Arc<BlockNode>, repair: Repair, say: Say<'_>) -> Result<CheckReport> {
-    let header = Header::read(file)?;
-    let rules = Rules {
-        cluster_bits: header.cluster_bits,
-        version: header.version,
-        extended: header.extended_l2,
-        external_data: header.external_data,
-    };
-    let len = file.len();
-    let clusters = len.div_ceil(rules.cluster_size());
-    let mut check = Check {
-        file,
-        rules,
-        repair,
-        report: CheckReport {
-            total_clusters: header.size.div_ceil(rules.cluster_size()),
-            image_end_offset: rules.cluster_size(),
-            ..CheckReport::default()
-        },
-        say,
-        len,
-        clusters,
-        end: clusters,
-        counts: Counts::new(clusters, u64::MAX >> (64 - header.refcount_bits()))?,
-        l1: Vec::new(),
-        tables: tables::Tables::default(),
-        blocks: Vec::new(),
-        sound_blocks: Vec::new(),
-        unknown: 0,
-        wrong_counts: 0,
-        rebuild: false,
-        incomplete: false,
-        ones: Ones::default(),
-        header,
-    };
+    let mut check = Check::new(file, repair, say)?;
     check.walk()?;
     check.compare()?;
     check.check_copied_flags()?;
     check.mark_clean()?;
     Ok(check.report)
+}
+
+/// Stores the refcounts of an image of version 3 with 2^`order` bits to a count. At any moment of a crash it has its old
+/// refcounts or its new ones.
+///
+/// # Errors
+/// The image is damaged, or a cluster has more users than such a count can say; then nothing has changed. `Io`.
+pub fn change_refcount_width(file: &Arc<BlockNode>, order: u32) -> Result<()> {
+    let mut ignored = |_: &str| {};
+    let mut check = Check::new(file, Repair::Nothing, &mut ignored)?;
+    check.walk()?;
+    check.compare()?;
+    check.check_copied_flags()?;
+    if check.report.corruptions + check.report.check_errors > 0 {
+        return Err(Error::invalid("the image is damaged; repair it first (check -r all)"));
+    }
+    let (bits, most) = (1u64 << order, u64::MAX >> (64 - (1u32 << order)));
+    if let Some(cluster) = (0..check.counts.end()).find(|&cluster| check.counts.get(cluster) > most) {
+        let (offset, count) = (cluster << check.rules.cluster_bits, check.counts.get(cluster));
+        return Err(Error::invalid(format!(
+            "Cannot decrease refcount entry width to {bits} bits: Cluster at offset {offset:#x} has a refcount of {count}"
+        )));
+    }
+    check.rebuild_refcounts(order)
 }
 
 /// Repairs an image that was not closed properly, so that it can be written; its header now.
@@ -131,6 +122,45 @@ pub fn make_clean(file: &Arc<BlockNode>, node_name: &str) -> Result<Header> {
         )));
     }
     Ok(header)
+}
+
+impl<'a> Check<'a> {
+    fn new(file: &'a BlockNode, repair: Repair, say: Say<'a>) -> Result<Check<'a>> {
+        let header = Header::read(file)?;
+        let rules = Rules {
+            cluster_bits: header.cluster_bits,
+            version: header.version,
+            extended: header.extended_l2,
+            external_data: header.external_data,
+        };
+        let len = file.len();
+        let clusters = len.div_ceil(rules.cluster_size());
+        Ok(Check {
+            file,
+            rules,
+            repair,
+            report: CheckReport {
+                total_clusters: header.size.div_ceil(rules.cluster_size()),
+                image_end_offset: rules.cluster_size(),
+                ..CheckReport::default()
+            },
+            say,
+            len,
+            clusters,
+            end: clusters,
+            counts: Counts::new(clusters, u64::MAX >> (64 - header.refcount_bits()))?,
+            l1: Vec::new(),
+            tables: tables::Tables::default(),
+            blocks: Vec::new(),
+            sound_blocks: Vec::new(),
+            unknown: 0,
+            wrong_counts: 0,
+            rebuild: false,
+            incomplete: false,
+            ones: Ones::default(),
+            header,
+        })
+    }
 }
 
 impl Check<'_> {

@@ -6,14 +6,14 @@ use std::collections::BTreeMap;
 
 use super::Check;
 use super::counts::{CHUNK, Ones};
-use crate::qcow2::header::{AT_REFCOUNT_TABLE, MAX_REFCOUNT_TABLE_BYTES};
+use crate::qcow2::header::{AT_REFCOUNT_ORDER, AT_REFCOUNT_TABLE, MAX_REFCOUNT_TABLE_BYTES};
 use crate::qcow2::refcounts::set_count_at;
 use crate::{Error, Result};
 
 impl Check<'_> {
-    /// Stores what was counted in a new structure.
-    pub(super) fn rebuild_refcounts(&mut self) -> Result<()> {
-        let (bits, size, order) = (self.rules.cluster_bits, self.rules.cluster_size(), self.header.refcount_order);
+    /// Stores what was counted in a new structure, with 2^`order` bits to a count.
+    pub(super) fn rebuild_refcounts(&mut self, order: u32) -> Result<()> {
+        let (bits, size) = (self.rules.cluster_bits, self.rules.cluster_size());
         let per_block = (8 << bits) >> order;
         // New clusters come from those that nothing names, the old structure included: it counts until the header changes.
         let mut blocks: BTreeMap<u64, u64> = BTreeMap::new();
@@ -69,6 +69,13 @@ impl Check<'_> {
         self.flush()?;
         let mut field = table.to_be_bytes().to_vec();
         field.extend(u32::try_from(table_clusters).unwrap_or(u32::MAX).to_be_bytes());
+        if order != self.header.refcount_order {
+            // Table and width stand in one sector: a crash leaves the old structure or the new one.
+            let from = AT_REFCOUNT_TABLE + field.len() as u64;
+            field.extend(self.bytes(from, AT_REFCOUNT_ORDER - from).map_err(|e| Error::io("read the header", e))?);
+            field.extend(order.to_be_bytes());
+            self.header.refcount_order = order;
+        }
         self.write(&field, AT_REFCOUNT_TABLE)?;
         self.flush()?;
         self.take_over(table, &entries);
