@@ -85,6 +85,9 @@ struct Options {
     /// Let clients learn how many layers down data is stored (`qemu:allocation-depth`).
     #[arg(short = 'A', long)]
     allocation_depth: bool,
+    /// Let clients read this dirty bitmap of the image, or of one that it is built on (`qemu:dirty-bitmap:NAME`).
+    #[arg(short = 'B', long, value_name = "NAME")]
+    bitmap: Option<String>,
     /// An object for the options below: `tls-creds-x509,id=ID,endpoint=server,dir=DIR[,verify-peer=off]`, `authz-simple`,
     /// `authz-list`. May be repeated.
     #[arg(long, value_name = "SPEC")]
@@ -108,8 +111,6 @@ struct Options {
     // Known, and refused.
     #[arg(short, long, hide = true)]
     load_snapshot: Option<String>,
-    #[arg(short = 'B', long, hide = true)]
-    bitmap: Option<String>,
     #[arg(long, hide = true)]
     image_opts: bool,
     #[arg(short = 'L', long, hide = true)]
@@ -174,6 +175,7 @@ impl Options {
             description: self.description,
             tls: Tls::options(&self.object, self.tls_creds, self.tls_authz)?,
             allocation_depth: self.allocation_depth,
+            bitmap: self.bitmap,
             offset: self.offset,
             discard: matches!(self.discard.as_str(), "unmap" | "on"),
             max_connections: Some(self.shared),
@@ -230,7 +232,6 @@ impl Options {
         let other_cache = other(&self.cache, "writeback") && other(&self.cache, "none");
         let refused = [
             (self.load_snapshot.is_some(), "--load-snapshot", later),
-            (self.bitmap.is_some(), "--bitmap", later),
             (other_cache, "--cache other than 'writeback' and 'none'", later),
             (other(&self.aio, "threads"), "--aio other than 'threads'", later),
             (other(&self.detect_zeroes, "off"), "--detect-zeroes other than 'off'", later),

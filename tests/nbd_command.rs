@@ -145,6 +145,35 @@ fn name_description_offset_and_rights_reach_the_client() {
 }
 
 #[test]
+fn a_dirty_bitmap_is_shown_as_qemu_nbd_shows_it() {
+    if !judges("a_dirty_bitmap_is_shown_as_qemu_nbd_shows_it", &["qemu-nbd", "qemu-img", "qemu-io", "nbdinfo"]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (base, image) = (scratch.name("base.qcow2"), scratch.name("image.qcow2"));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", &base, "4M"]);
+    run("qemu-img", &["bitmap", "--add", &base, "b"]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write 1M 100k", "-c", "write 3M 64k", &base]);
+    run("qemu-img", &["bitmap", "--disable", &base, "b"]);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", &image]);
+    for (options, image) in [(&["-r"][..], &base), (&["-r"], &image), (&["-A"], &image), (&["-s"], &base)] {
+        let seen = ["qemu-nbd", DOORLESS].map(|program| {
+            let socket = scratch.name(program.rsplit('/').next().unwrap());
+            let verb: &[&str] = if program == DOORLESS { &["nbd"] } else { &[] };
+            let arguments = [verb, &["-t", "-f", "qcow2", "-B", "b", "-k", &socket], options, &[image]].concat();
+            let server = harness::Running::start(program, &arguments, &socket, rustix::process::Signal::TERM);
+            let seen = run("nbdinfo", &["--map=qemu:dirty-bitmap:b", &uri(&socket, "")]);
+            drop(server);
+            seen
+        });
+        assert_eq!(seen[0], seen[1], "{options:?}");
+        assert_eq!(seen[0].lines().filter(|line| line.contains("dirty")).count(), 2, "{}", seen[0]);
+    }
+    let error = refused(&["-r", "-f", "qcow2", "-B", "zz", "-k", &scratch.name("s"), &base]);
+    assert!(error.contains("Bitmap 'zz' is not found"), "{error}");
+}
+
+#[test]
 fn discards_reach_the_file_only_when_asked() {
     if !judges("discards_reach_the_file_only_when_asked", &["qemu-io"]) {
         return;
@@ -292,7 +321,6 @@ fn what_is_not_built_is_refused_by_name() {
     let disk = disk(&scratch);
     for option in [
         "-lx",
-        "-Bx",
         "--cache=directsync",
         "--cache=unsafe",
         "--aio=native",

@@ -74,6 +74,8 @@ pub struct ExportOptions {
     pub tls: Tls,
     /// Whether clients may learn how many layers down data is stored.
     pub allocation_depth: bool,
+    /// A dirty bitmap of the image that clients may read.
+    pub bitmap: Option<String>,
     /// Byte of the image at which the export begins.
     pub offset: u64,
     /// Whether discards of clients are passed on.
@@ -229,6 +231,9 @@ impl Served {
         }
         if options.allocation_depth {
             export["allocation-depth"] = json!(true);
+        }
+        if let Some(bitmap) = &options.bitmap {
+            export["bitmaps"] = json!([bitmap]);
         }
         self.kept.execute("block-export-add", export, &[])?;
         Ok(())
