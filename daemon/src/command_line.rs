@@ -33,8 +33,9 @@ Serves disk images that arrive as descriptors. The process confines itself befor
   --chardev socket,id=ID,fd=N[,server=on|off][,wait=on|off]
   --chardev socket,id=ID,path=PATH[,server=on|off][,wait=on|off]
                          a socket for a monitor: an inherited descriptor (0 is standard input), or a path
-  --monitor [chardev=]ID[,pretty=on|off][,fdset-lifetime=LIFETIME]
-                         a QMP monitor on that socket
+  --monitor [chardev=]ID[,pretty=on|off][,fdset-lifetime=LIFETIME][,peer-uid=UID]
+                         a QMP monitor on that socket; with peer-uid, for that user's processes alone
+                         (an ordinary user's daemon knows no other user than its own)
   --add-fd fd=N,set=ID[,opaque=TEXT]
                          put an inherited descriptor into an fd set
   --blockdev OPTIONS     as blockdev-add; a file named here is opened before the process is confined
@@ -80,6 +81,9 @@ Serves disk images that arrive as descriptors. The process confines itself befor
 
 OPTIONS are key=value,key.sub=value,... or JSON. Options take effect in order.
 ";
+
+/// Whom the kernel shows in a user namespace for a user who is not in it.
+const OVERFLOW_UID: u32 = 65534;
 
 /// A command line that cannot be understood or carried out; the text says why.
 #[derive(Debug, thiserror::Error)]
@@ -258,7 +262,15 @@ fn read(
                     .take(id)
                     .ok_or_else(|| placed(qmp::Error::generic(format!("Cannot find chardev '{id}'"))))?;
                 let lifetime = options["fdset-lifetime"].as_str().map(lifetime).transpose()?;
-                plans.monitors.push(MonitorSetup { source, pretty: options["pretty"] == true, lifetime });
+                let pretty = options["pretty"] == true;
+                let peer_uid = options["peer-uid"].as_u64().and_then(|uid| u32::try_from(uid).ok());
+                if peer_uid == Some(OVERFLOW_UID) {
+                    let text = format!(
+                        "'peer-uid' = {OVERFLOW_UID} may be any user that has no name in the daemon's namespace"
+                    );
+                    return Err(placed(qmp::Error::generic(text)));
+                }
+                plans.monitors.push(MonitorSetup { source, pretty, lifetime, peer_uid });
             }
             "add-fd" => {
                 let options = words.option(Type::Named("AddFdOptions"), &value, None);
@@ -411,6 +423,7 @@ fn words() -> Table<()> {
                 Member::optional("mode", Type::Named("MonitorMode"), "Accepted: every monitor speaks QMP."),
                 Member::optional("pretty", Type::Bool, "Whether output is indented; default false."),
                 Member::optional("fdset-lifetime", Type::Str, "When what its clients passed is closed."),
+                Member::optional("peer-uid", Type::Uint32, "The user whose processes alone are served."),
             ],
             "A monitor.",
         ),

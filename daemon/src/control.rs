@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use confine::Confined;
-use fdset::{Keeper, Lifetime};
+use fdset::Lifetime;
 use qmp::Table;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use sys::signal::Signals;
 
+use crate::attention::Attention;
 use crate::monitor::{Monitor, Source};
 use crate::state::{Daemon, FdsetEvents};
 use crate::wake::Wake;
@@ -26,6 +27,8 @@ pub struct MonitorSetup {
     pub pretty: bool,
     /// How long what its clients pass lives; `None` is as the daemon's [`Setup::fdsets`] say, for all such monitors together.
     pub lifetime: Option<Lifetime>,
+    /// The user whose processes alone are served; `None` for whoever can connect.
+    pub peer_uid: Option<u32>,
 }
 
 /// What the daemon serves with: everything that had to be opened is open.
@@ -72,9 +75,8 @@ pub fn serve(
     startup(&table, &mut daemon)?;
     daemon.exports.open();
     let mut monitors = Vec::new();
-    for (id, MonitorSetup { source, pretty, lifetime }) in setup.monitors.into_iter().enumerate() {
-        let keeper = lifetime.map_or_else(Keeper::default, |lifetime| daemon.fdsets.keeper(lifetime));
-        monitors.push(Monitor::new(id, source, pretty, keeper, &table, &mut daemon)?);
+    for (id, monitor) in setup.monitors.into_iter().enumerate() {
+        monitors.push(Monitor::new(id, monitor, &table, &mut daemon)?);
     }
     let abandoned = |monitors: &[Monitor]| {
         setup.ends.with_monitors
@@ -82,12 +84,19 @@ pub fn serve(
             && monitors.iter().all(|monitor| monitor.is_over() || monitor.listens())
     };
     let served_out = |daemon: &Daemon| setup.ends.with_clients && daemon.exports.is_served_out();
+    let mut attention = Attention::default();
     while !daemon.quit && !abandoned(&monitors) && !served_out(&daemon) {
-        let ready = wait(&setup.signals, &wake, &monitors, &daemon)?;
+        let ready = wait(&setup.signals, &wake, &monitors, &daemon, &mut attention)?;
         if ready.signal && setup.signals.next()?.is_some() {
             daemon.quit = true;
         }
-        wake.clear();
+        if ready.woken {
+            wake.clear();
+        }
+        let asked = !ready.monitors.is_empty();
+        if asked {
+            attention.asked(Instant::now());
+        }
         daemon.reap_exports();
         daemon.hear_alarms();
         daemon.ask_for_sockets();
@@ -115,6 +124,9 @@ pub fn serve(
             }
             announce(&mut daemon, &mut monitors);
         }
+        if asked {
+            attention.answered(Instant::now());
+        }
     }
     Ok(())
 }
@@ -130,12 +142,22 @@ pub enum ServeError {
     Startup(#[from] qmp::Error),
 }
 
+/// The timeout of a poll that only looks.
+const NOT_AT_ALL: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+
 struct Ready {
     signal: bool,
+    woken: bool,
     monitors: Vec<usize>,
 }
 
-fn wait(signals: &Signals, wake: &Wake, monitors: &[Monitor], daemon: &Daemon) -> io::Result<Ready> {
+fn wait(
+    signals: &Signals,
+    wake: &Wake,
+    monitors: &[Monitor],
+    daemon: &Daemon,
+    attention: &mut Attention,
+) -> io::Result<Ready> {
     let mut fds = vec![PollFd::new(signals, PollFlags::IN), PollFd::new(wake, PollFlags::IN)];
     let mut polled = Vec::new();
     for (index, monitor) in monitors.iter().enumerate() {
@@ -147,13 +169,35 @@ fn wait(signals: &Signals, wake: &Wake, monitors: &[Monitor], daemon: &Daemon) -
     let busy = monitors.iter().any(Monitor::is_busy).then(Instant::now);
     let next = monitors.iter().filter_map(Monitor::deadline).chain(daemon.fdsets.next_deadline()).chain(busy).min();
     let timeout = next.map(until);
-    match poll(&mut fds, timeout.as_ref()) {
-        Ok(_) | Err(Errno::INTR) => {}
-        Err(e) => return Err(e.into()),
+    if busy.is_some() || !looked_out(&mut fds, attention)? {
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
     }
     let fired: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
     let ready = polled.iter().zip(&fired[2..]).filter(|&(&index, &fired)| fired || monitors[index].is_busy());
-    Ok(Ready { signal: fired[0], monitors: ready.map(|(&index, _)| index).collect() })
+    Ok(Ready { signal: fired[0], woken: fired[1], monitors: ready.map(|(&index, _)| index).collect() })
+}
+
+/// Looks out for something to do without sleeping, if that is worth it; whether there is something.
+fn looked_out(fds: &mut [PollFd<'_>], attention: &mut Attention) -> io::Result<bool> {
+    let Some(end) = attention.look_out(Instant::now()) else { return Ok(false) };
+    loop {
+        match poll(fds, Some(&NOT_AT_ALL)) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => {
+                attention.paid();
+                return Ok(true);
+            }
+            Err(e) => return Err(e.into()),
+        }
+        if Instant::now() >= end {
+            attention.in_vain();
+            return Ok(false);
+        }
+        std::hint::spin_loop();
+    }
 }
 
 /// The time until `deadline`, rounded up so that it has passed when the sleep is over.

@@ -6,6 +6,7 @@
 //! stand in one table ([`commands`]); exports answer their clients on threads of their own.
 
 mod alarms;
+mod attention;
 pub mod attest;
 mod authz;
 mod background;

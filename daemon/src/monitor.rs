@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use serde_json::Value;
 
+use crate::control::MonitorSetup;
 use crate::ledger::{Held, Owner};
 use crate::state::{Daemon, MonitorId, Speaker};
 
@@ -49,23 +50,21 @@ pub struct Monitor {
     listener: Option<OwnedFd>,
     client: Option<Client>,
     pretty: bool,
+    /// By which what its clients pass lives.
     keeper: Keeper,
+    /// Whose processes alone are served.
+    peer_uid: Option<u32>,
 }
 
 impl Monitor {
-    /// A monitor over `source`; a connected client is greeted. What its clients pass lives by the rule of `keeper`.
+    /// A monitor as `setup` wants it; a connected client is greeted.
     ///
     /// # Errors
     /// The socket cannot be used.
-    pub fn new(
-        id: MonitorId,
-        source: Source,
-        pretty: bool,
-        keeper: Keeper,
-        table: &Table<Daemon>,
-        daemon: &mut Daemon,
-    ) -> io::Result<Monitor> {
-        let mut monitor = Monitor { id, listener: None, client: None, pretty, keeper };
+    pub fn new(id: MonitorId, setup: MonitorSetup, table: &Table<Daemon>, daemon: &mut Daemon) -> io::Result<Monitor> {
+        let MonitorSetup { source, pretty, lifetime, peer_uid } = setup;
+        let keeper = lifetime.map_or_else(Keeper::default, |lifetime| daemon.fdsets.keeper(lifetime));
+        let mut monitor = Monitor { id, listener: None, client: None, pretty, keeper, peer_uid };
         match source {
             Source::Listener(listener) => monitor.listener = Some(listener),
             Source::Connected(socket) => monitor.welcome(socket, table, daemon)?,
@@ -192,6 +191,10 @@ impl Monitor {
         let pending = client.session.pending();
         pending.clear();
         let strays = pending.take_strays() + client.connection.carried().len();
+        let dropped = client.connection.dropped_events();
+        if dropped > 0 {
+            tracing::warn!(monitor = self.id, "a client that did not read was not told {dropped} events");
+        }
         drop(client);
         daemon.strayed(self.id, strays);
         daemon.monitor_left(self.keeper);
@@ -238,6 +241,14 @@ impl Monitor {
 
     fn welcome(&mut self, socket: OwnedFd, table: &Table<Daemon>, daemon: &mut Daemon) -> io::Result<()> {
         let peer = sys::process::peer(&socket).ok().map(|sys::process::Peer { pid, uid }| Peer { pid, uid });
+        // By the kernel's word, of the moment of connecting. Who cannot be told is not served either.
+        if let Some(wanted) = self.peer_uid
+            && peer.map(|peer| peer.uid) != Some(wanted)
+        {
+            let uid = peer.map(|peer| peer.uid);
+            tracing::warn!(monitor = self.id, uid, "a client of another user than {wanted} was turned away");
+            return Ok(());
+        }
         let mut connection = Connection::new(socket)?;
         let session = Session::new(self.pretty);
         connection.send(&session.greeting(table));

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use block::{BlockNode, Graph, Host, NodeAccess, NodeSpec, Repair, inspect};
 use confine::{Plan, Role};
+use daemon::control::MonitorSetup;
 use daemon::monitor::{Monitor, Source};
 use daemon::state::Daemon;
 use export::fuse;
@@ -51,8 +52,9 @@ pub fn monitor(data: &[u8]) {
     let wake = Arc::new(daemon::Wake::new().unwrap());
     let mut daemon = Daemon::new(confined, settings, wake);
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let keeper = daemon.fdsets.keeper(Lifetime::Monitor);
-    let mut monitor = Monitor::new(0, Source::Connected(theirs.into()), false, keeper, &table, &mut daemon).unwrap();
+    let source = Source::Connected(theirs.into());
+    let setup = MonitorSetup { source, pretty: false, lifetime: Some(Lifetime::Monitor), peer_uid: None };
+    let mut monitor = Monitor::new(0, setup, &table, &mut daemon).unwrap();
     let mut answers = ours.try_clone().unwrap();
     let reader = std::thread::spawn(move || {
         let _ = answers.read_to_end(&mut Vec::new());
