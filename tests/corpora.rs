@@ -107,3 +107,8 @@ fn a_vhost_user_export_survives_the_messages_of_its_corpus() {
 fn a_vhost_user_export_survives_the_rings_of_its_corpus() {
     replay("vhost_user_rings", fuzzed::vhost_user_rings);
 }
+
+#[test]
+fn formats_that_are_only_read_survive_their_corpus() {
+    replay("read_only", fuzzed::read_only);
+}

@@ -16,17 +16,24 @@ use crate::encryption::Encryption;
 use crate::gate::Hold;
 use crate::host::Descriptor;
 use crate::snapshot::Snapshots;
-use crate::{BlockNode, Error, Preallocation, Result, Secret, file, luks, nbd, qcow2, raw, vdi, vmdk, vpc};
+use crate::{BlockNode, Error, Preallocation, Result, Secret, file, luks, nbd, qcow2, raw, read_only, vdi, vmdk, vpc};
 
 /// Every format, one line each: `blockdev-add`'s schema, its options and the reference docs follow from it.
 pub const DRIVERS: &[DriverEntry] = &[
+    read_only::BOCHS,
+    read_only::CLOOP,
+    read_only::DMG,
     file::ENTRY,
     file::DEVICE_ENTRY,
     luks::ENTRY,
     nbd::ENTRY,
+    read_only::PARALLELS,
+    read_only::QCOW,
     qcow2::ENTRY,
+    read_only::QED,
     raw::ENTRY,
     vdi::ENTRY,
+    read_only::VHDX,
     vmdk::ENTRY,
     vpc::ENTRY,
 ];

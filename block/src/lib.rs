@@ -33,6 +33,7 @@ mod overlay;
 mod place;
 mod qcow2;
 mod raw;
+mod read_only;
 mod root;
 mod scatter;
 mod secret;

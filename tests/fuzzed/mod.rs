@@ -7,6 +7,7 @@ mod disks;
 mod image_write;
 mod nbd;
 mod nbd_client;
+mod read_only;
 mod vhost_user;
 
 use std::fs::File;
@@ -29,6 +30,7 @@ pub use disks::{vdi, vmdk, vpc};
 pub use image_write::image_write;
 pub use nbd::{nbd_handshake, nbd_requests, nbd_tls, transmit};
 pub use nbd_client::{answered, nbd_client};
+pub use read_only::read_only;
 pub use vhost_user::{vhost_user_messages, vhost_user_rings};
 
 /// Bytes from a monitor's client, cut into messages.
@@ -190,7 +192,11 @@ pub fn image(data: &[u8]) {
         // An external data file, perhaps.
         .or_else(|_| node(&mut graph, "qcow2", None, &["file", "data-file"], false));
     let Ok(disk) = opened else { return };
-    // The whole of a small disk; both ends of a large one.
+    look_at(&disk);
+}
+
+/// The whole of a small disk; both ends of a large one.
+pub fn look_at(disk: &BlockNode) {
     let len = disk.len();
     let mut buffer = vec![0; 1 << 20];
     for start in [0, len.saturating_sub(buffer.len() as u64)] {
