@@ -10,7 +10,7 @@ use super::{look_at, memory, node};
 const FORMATS: [&str; 7] = ["bochs", "cloop", "dmg", "parallels", "qcow", "qed", "vhdx"];
 /// Of a VHDX most is nothing: sectors with their numbers in front.
 const SECTOR: usize = 4096;
-const SECTORS: u64 = 2048;
+const SECTORS: usize = 2048;
 
 /// The first byte says which format, the others are the image; see [`vhdx`] for one of them.
 pub fn read_only(data: &[u8]) {
@@ -28,10 +28,10 @@ pub fn read_only(data: &[u8]) {
 /// A number of two bytes and a sector, and so on; a short one is filled with zeroes. Checksums are put right, for a fuzzer does
 /// not find them.
 fn vhdx(data: &[u8]) -> Vec<u8> {
-    let mut image = vec![0; SECTOR * SECTORS as usize];
+    let mut image = vec![0; SECTOR * SECTORS];
     for piece in data.chunks(2 + SECTOR) {
         let Some((number, sector)) = piece.split_first_chunk() else { break };
-        let at = usize::from(u16::from_le_bytes(*number)) % SECTORS as usize * SECTOR;
+        let at = usize::from(u16::from_le_bytes(*number)) % SECTORS * SECTOR;
         image[at..at + sector.len()].copy_from_slice(sector);
     }
     let mut checked = vec![(64 << 10, SECTOR), (128 << 10, SECTOR), (192 << 10, 64 << 10), (256 << 10, 64 << 10)];
