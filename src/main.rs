@@ -203,12 +203,22 @@ impl PrivateSocket {
         use std::os::unix::fs::DirBuilderExt;
         let parent = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_dir());
         let parent = parent.unwrap_or_else(std::env::temp_dir);
-        let directory = parent.join(format!("doorless-{}", std::process::id()));
-        // A directory of this name that somebody else prepared is an error, not a meeting place.
-        std::fs::DirBuilder::new().mode(0o700).create(&directory).map_err(|e| {
-            anyhow::anyhow!("could not make the directory '{}' for the socket: {e}", directory.display())
-        })?;
-        Ok(PrivateSocket { directory })
+        // A directory that is there is no meeting place: somebody else's, or left by a process of this number that was killed.
+        let names = (0..100).map(|number| match number {
+            0 => format!("doorless-{}", std::process::id()),
+            _ => format!("doorless-{}-{number}", std::process::id()),
+        });
+        let mut refused = std::io::ErrorKind::AlreadyExists.into();
+        for directory in names.map(|name| parent.join(name)) {
+            match std::fs::DirBuilder::new().mode(0o700).create(&directory) {
+                Ok(()) => return Ok(PrivateSocket { directory }),
+                Err(error) => refused = error,
+            }
+            if refused.kind() != std::io::ErrorKind::AlreadyExists {
+                break;
+            }
+        }
+        Err(anyhow::anyhow!("could not make a directory for the socket in '{}': {refused}", parent.display()))
     }
 
     fn path(&self) -> PathBuf {
