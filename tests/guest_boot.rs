@@ -104,3 +104,44 @@ fn a_guest_uses_a_vhost_user_disk_over_two_queues_and_the_host_sees_it() {
     assert!(tool("debugfs", &["-R", "cat /copy", &disk]).1 == noise(5 << 20, 9), "what the guest copied");
     assert!(tool("e2fsck", &["-fn", &disk]).0, "the file system is clean");
 }
+
+#[test]
+fn a_guest_reads_and_writes_vdi_vhd_and_a_vmdk_in_two_extents() {
+    let test = "a_guest_reads_and_writes_vdi_vhd_and_a_vmdk_in_two_extents";
+    if !judges(test, &["qemu-io"]) {
+        return;
+    }
+    let Some(kernel) = kernel(test) else { return };
+    let scratch = Scratch::new();
+    let checksum = ext4_disk(&scratch);
+    let raw = scratch.name("disk.raw");
+    let rows = [
+        ("vdi", "static=off", "64M"),
+        ("vpc", "force_size=on", "64M"),
+        ("vmdk", "subformat=twoGbMaxExtentSparse", "2200M"),
+    ];
+    let serves = rows.map(|(format, options, size)| {
+        let image = scratch.name(&format!("disk.{format}"));
+        run(harness::DOORLESS, &["img", "create", "-q", "-f", format, "-o", options, &image, size]);
+        run(harness::DOORLESS, &["img", "convert", "-q", "-n", "-f", "raw", "-O", format, &raw, &image]);
+        Serve::start(&["--socket", &scratch.name(format), &image])
+    });
+    let drives: Vec<String> = serves.iter().map(|serve| format!("format=raw,file={}", serve.uri)).collect();
+    let script = "for disk in vda vdb vdc; do mount -t ext4 /dev/$disk /mnt; md5sum /mnt/noise; echo on $disk > /mnt/new; umount /mnt; done\n\
+                  head -c 512 /dev/zero | tr '\\000' Z > /z; dd if=/z of=/dev/vdc bs=512 seek=4300800 conv=notrunc,fsync 2> /dev/null; sync";
+    let said = guest::run_disks(&kernel, &scratch, &drives, script);
+    assert_eq!(said.matches(&checksum).count(), 3, "{said}");
+    for serve in serves {
+        assert!(serve.interrupt().success());
+    }
+    for ((format, _, _), disk) in rows.into_iter().zip(["vda", "vdb", "vdc"]) {
+        let (image, back) = (scratch.name(&format!("disk.{format}")), scratch.name("back.raw"));
+        if format == "vmdk" {
+            run("qemu-io", &["-r", "-f", format, "-c", "read -P 0x5a 2100M 512", &image]);
+        }
+        run("qemu-img", &["convert", "-f", format, "-O", "raw", &image, &back]);
+        let path = std::env::var("PATH").unwrap_or_default() + ":/sbin:/usr/sbin";
+        let output = Command::new("debugfs").env("PATH", path).args(["-R", "cat /new", &back]).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout), format!("on {disk}\n"), "{format}");
+    }
+}

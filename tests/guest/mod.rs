@@ -78,6 +78,13 @@ pub fn run(kernel: &Kernel, scratch: &Scratch, drive: &str, script: &str) -> Str
     run_with(kernel, scratch, &["-drive", &format!("if=virtio,{drive}")], script)
 }
 
+/// The same with several disks: /dev/vda, /dev/vdb and so on.
+pub fn run_disks(kernel: &Kernel, scratch: &Scratch, drives: &[String], script: &str) -> String {
+    let drives: Vec<String> = drives.iter().map(|drive| format!("if=virtio,{drive}")).collect();
+    let arguments: Vec<&str> = drives.iter().flat_map(|drive| ["-drive", drive]).collect();
+    run_with(kernel, scratch, &arguments, script)
+}
+
 /// The same with a disk on the socket of a vhost-user-blk export.
 pub fn run_vhost_user(kernel: &Kernel, scratch: &Scratch, socket: &str, queues: u16, script: &str) -> String {
     let chardev = format!("socket,id=disk,path={socket}");
