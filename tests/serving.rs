@@ -44,7 +44,7 @@ fn what_is_no_disk_is_refused_with_its_name_and_what_it_is() {
     assert!(refusal(&[text(&fifo)]).contains("is a FIFO"));
     fs::write(scratch.path("disk"), [0; 512]).unwrap();
     let unknown = refusal(&["--format", "zip", &scratch.name("disk")]);
-    assert!(unknown.contains("unknown format 'zip'; there are ") && unknown.contains("qcow2, raw"), "{unknown}");
+    assert!(unknown.contains("unknown format 'zip'; there are ") && unknown.contains("qcow2, "), "{unknown}");
 }
 
 #[test]
