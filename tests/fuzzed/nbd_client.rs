@@ -111,7 +111,7 @@ fn open(socket: UnixStream) -> Option<Arc<BlockNode>> {
     opened.ok()
 }
 
-/// Says one answer for every request that has come, and hangs up when there are none left.
+/// Says one answer for every request that has come, and hangs up when there are none left or one leaves the client waiting.
 fn serve(mut socket: &UnixStream, style: Style, answers: Vec<Vec<u8>>) {
     for answer in answers {
         let mut header = [0; 32];
@@ -119,17 +119,40 @@ fn serve(mut socket: &UnixStream, style: Style, answers: Vec<Vec<u8>>) {
         if socket.read_exact(&mut header[..len]).is_err() {
             break;
         }
-        let field =
-            |range: std::ops::Range<usize>| header[range].iter().fold(0, |sum, &byte| sum << 8 | u64::from(byte));
-        if field(6..8) == 1 {
-            let payload = field(if style == Style::Extended { 24..32 } else { 24..28 });
-            let _ = std::io::copy(&mut socket.take(payload), &mut std::io::sink());
+        let (command, range) = (number(&header[6..8]), number(&header[24..len]));
+        if command == 1 {
+            let _ = std::io::copy(&mut socket.take(range), &mut std::io::sink());
         }
-        if socket.write_all(&answer).is_err() {
+        let wanted = if command == 0 { range } else { 0 };
+        if socket.write_all(&answer).is_err() || !is_whole(&answer, style, wanted) {
             break;
         }
     }
-    let _ = socket.shutdown(Shutdown::Both);
+    let _ = socket.shutdown(Shutdown::Write);
+    let _ = std::io::copy(&mut socket, &mut std::io::sink());
+}
+
+/// Whether an answer gets to the end of a reply, to a request for `wanted` bytes.
+fn is_whole(mut answer: &[u8], style: Style, wanted: u64) -> bool {
+    while answer.len() >= 16 {
+        let is_simple = number(&answer[..4]) == 0x6744_6698;
+        let (head, len) = match style {
+            _ if is_simple => (16, if number(&answer[4..8]) == 0 { wanted } else { 0 }),
+            Style::Extended if answer.len() >= 32 => (32, number(&answer[24..32])),
+            Style::Structured if answer.len() >= 20 => (20, number(&answer[16..20])),
+            _ => return false,
+        };
+        let Some(rest) = usize::try_from(len).ok().and_then(|len| answer[head..].get(len..)) else { return false };
+        if is_simple || answer[5] & 1 == 1 {
+            return true;
+        }
+        answer = rest;
+    }
+    false
+}
+
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |number, &byte| number << 8 | u64::from(byte))
 }
 
 /// One request, somewhere on the disk; whether it was answered.
