@@ -1,17 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! qcow2 against a vector of bytes: random requests in many kinds of images, judged by qemu-img at the end.
 //!
+//! Now and then the program crashes: what it has in memory is gone, and the image goes on as its files are at that moment. What was
+//! flushed must be there, and each byte that was written since is old or new.
+//!
 //! `DOORLESS_MODEL_OPERATIONS` says how many requests each kind gets (default 2,000).
 #![allow(missing_docs, clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test")]
 
 mod support;
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use block::{BlockNode, OptionValue, Preallocation, Secret, ZeroFlags};
-use support::{Nodes, Random, in_memory, judge, name_in, read, run, text, to_disk};
+use block::bitmap::Bitmap;
+use block::{BlockNode, OptionValue, Preallocation, Repair, Secret, ZeroFlags};
+use support::{Nodes, Random, in_memory, judge, memory, name_in, read, run, text, to_disk};
 
 /// A kind of image.
 struct Kind {
@@ -112,7 +117,17 @@ struct Model {
     first_size: u64,
     /// Ids of the snapshots made here, and what each keeps.
     kept: Vec<(String, Vec<u8>)>,
+    /// What the last flush has brought to disk.
+    flushed: Vec<u8>,
+    /// What was written since, in order: where, and bytes.
+    since: Vec<(usize, Vec<u8>)>,
+    /// The enabled persistent bitmaps, and which runs must be marked.
+    marks: Vec<(String, Vec<bool>)>,
+    bitmaps_made: u64,
 }
+
+/// Bytes that a mark of a bitmap stands for.
+const MARK_BITS: u32 = 12;
 
 fn make(kind: &Kind, dir: &Path) -> Model {
     let (image, image_name) = name_in(dir, "image.qcow2");
@@ -175,7 +190,12 @@ fn make(kind: &Kind, dir: &Path) -> Model {
         bytes,
         first_size: kind.size,
         kept: Vec::new(),
+        flushed: Vec::new(),
+        since: Vec::new(),
+        marks: Vec::new(),
+        bitmaps_made: 0,
     };
+    model.is_flushed();
     model.open();
     model
 }
@@ -200,6 +220,107 @@ impl Model {
             options.push(("encrypt", OptionValue::Secret(Secret::new(b"passphrase".to_vec()))));
         }
         self.node = Some(self.nodes.format("qcow2", &children, true, &options).unwrap());
+    }
+
+    /// Opens the image as it stands in its files, as after a kill -9: nobody brings anything to disk.
+    fn crash(&mut self) {
+        let copy = |file: &File| {
+            let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            let copy = memory();
+            copy.write_all_at(&bytes, 0).unwrap();
+            copy
+        };
+        self.image = copy(&self.image);
+        self.data = self.data.as_ref().map(copy);
+        let file = self.nodes.file(&self.image, true);
+        let mut found = Vec::new();
+        let mut say = |finding: &str| found.push(finding.to_owned());
+        let report = block::check(&self.nodes.graph.get(&file).unwrap().clone(), "qcow2", Repair::Leaks, &mut say);
+        let report = report.unwrap();
+        assert!(report.corruptions + report.check_errors + report.leaks == 0, "after a crash: {found:?}");
+        self.open();
+        let now = read(self.node(), 0, self.bytes.len()).unwrap();
+        let mut wrong: Vec<bool> = now.iter().zip(&self.flushed).map(|(now, flushed)| now != flushed).collect();
+        for (at, bytes) in &self.since {
+            for (index, byte) in bytes.iter().enumerate() {
+                wrong[at + index] &= now[at + index] != *byte;
+            }
+        }
+        assert!(!wrong.contains(&true), "foreign or lost bytes after a crash");
+        self.bytes = now;
+        self.is_flushed();
+        let node = Arc::clone(self.node.as_ref().unwrap());
+        for bitmap in node.bitmaps().list() {
+            assert!(bitmap.is_inconsistent(), "a bitmap that was in use counts after a crash");
+            node.remove_stored_bitmap(bitmap.name()).unwrap();
+            node.bitmaps().remove(bitmap.name()).unwrap();
+        }
+        self.marks.clear();
+    }
+
+    /// All of the disk is on disk.
+    fn is_flushed(&mut self) {
+        self.flushed.clone_from(&self.bytes);
+        self.since.clear();
+    }
+
+    /// `range` has been written, or become zeroes.
+    fn written(&mut self, range: std::ops::Range<usize>) {
+        self.since.push((range.start, self.bytes[range.clone()].to_vec()));
+        self.mark(range);
+    }
+
+    fn mark(&mut self, range: std::ops::Range<usize>) {
+        for (_, marks) in self.marks.iter_mut().filter(|_| !range.is_empty()) {
+            marks[range.start >> MARK_BITS..=(range.end - 1) >> MARK_BITS].fill(true);
+        }
+    }
+
+    /// Adds a persistent bitmap, or takes one away, or clears one.
+    fn bitmap(&mut self, random: &mut Random) {
+        let node = Arc::clone(self.node.as_ref().unwrap());
+        self.check_marks();
+        let at = usize::try_from(random.below(self.marks.len().max(1) as u64)).unwrap();
+        match random.below(3) {
+            0 if self.marks.len() < 3 => {
+                self.bitmaps_made += 1;
+                let name = format!("bitmap{}", self.bitmaps_made);
+                if let Err(e) = node.check_new_bitmap(&name, MARK_BITS) {
+                    assert!(e.to_string().contains("v2 files"), "{e}");
+                    return;
+                }
+                let bitmap = Arc::new(Bitmap::new(&name, MARK_BITS, node.len()).unwrap());
+                bitmap.set_persistent(true);
+                node.bitmaps().add(Arc::clone(&bitmap));
+                node.bitmaps().set_enabled(&bitmap, true);
+                self.marks.push((name, vec![false; self.bytes.len().div_ceil(1 << MARK_BITS)]));
+            }
+            1 if at < self.marks.len() => {
+                let (name, _) = self.marks.remove(at);
+                node.remove_stored_bitmap(&name).unwrap();
+                node.bitmaps().remove(&name).unwrap();
+            }
+            2 if at < self.marks.len() => {
+                let (name, marks) = &mut self.marks[at];
+                node.bitmaps().get(name).unwrap().clear();
+                marks.fill(false);
+            }
+            _ => {}
+        }
+    }
+
+    /// Whatever was written is marked.
+    fn check_marks(&self) {
+        let node = self.node();
+        assert_eq!(node.bitmaps().list().len(), self.marks.len());
+        for (name, marks) in &self.marks {
+            let bitmap = node.bitmaps().get(name).unwrap();
+            assert!(!bitmap.is_inconsistent() && bitmap.is_enabled() && bitmap.len() == self.bytes.len() as u64);
+            for index in (0..marks.len()).filter(|&index| marks[index]) {
+                assert!(bitmap.run((index as u64) << MARK_BITS, 1).1, "bitmap '{name}' lacks mark {index}");
+            }
+        }
     }
 
     fn node(&self) -> &BlockNode {
@@ -228,21 +349,27 @@ impl Model {
                 let fill = (random.next() >> 40) as u8;
                 let bytes: Vec<u8> = (0..range.len()).map(|at| fill.wrapping_add((at >> 9) as u8)).collect();
                 self.node().write(&bytes, offset, random.below(16) == 0).unwrap();
-                self.bytes[range].copy_from_slice(&bytes);
+                self.bytes[range.clone()].copy_from_slice(&bytes);
+                self.written(range);
             }
             45..60 => {
                 let flags = ZeroFlags { may_unmap: random.below(2) == 0, fast_only: false };
                 self.node().write_zeroes(offset, len, flags, false).unwrap();
-                self.bytes[range].fill(0);
+                self.bytes[range.clone()].fill(0);
+                self.written(range);
             }
             60..70 => {
                 self.node().discard(offset, len).unwrap();
                 // Whatever it reads as now, it must go on to do so; and that is the old content or zeroes, byte for byte.
                 let after = read(self.node(), offset, range.len()).unwrap();
-                for (now, before) in after.iter().zip(&mut self.bytes[range]) {
-                    assert!(*now == *before || *now == 0, "foreign bytes after a discard");
-                    *before = *now;
+                for (at, now) in range.clone().zip(after) {
+                    let before = std::mem::replace(&mut self.bytes[at], now);
+                    assert!(now == before || now == 0, "foreign bytes after a discard");
+                    if now != before {
+                        self.mark(at..at + 1);
+                    }
                 }
+                self.since.push((range.start, vec![0; range.len()]));
             }
             70..73 => {
                 let start = usize::try_from(offset / cluster * cluster).unwrap();
@@ -250,7 +377,10 @@ impl Model {
                 let fill = (random.next() >> 40) as u8;
                 let bytes: Vec<u8> = (start..end).map(|at| fill.wrapping_add((at >> 6) as u8)).collect();
                 match self.node().write_compressed(&bytes, start as u64) {
-                    Ok(()) => self.bytes[start..end].copy_from_slice(&bytes),
+                    Ok(()) => {
+                        self.bytes[start..end].copy_from_slice(&bytes);
+                        self.written(start..end);
+                    }
                     Err(e) => assert!((self.data.is_some() || self.encrypted) && e.raw_os_error() == Some(95), "{e}"),
                 }
             }
@@ -259,13 +389,29 @@ impl Model {
                 let size = (size + 512 * (1 + random.below(512))).min(2 * self.first_size);
                 let size = if random.below(2) == 0 { size } else { 512 * (1 + random.below(size / 512)) };
                 match self.node().resize(size, Preallocation::Off) {
-                    Ok(()) => self.bytes.resize(usize::try_from(size).unwrap(), 0),
+                    Ok(()) => {
+                        self.bytes.resize(usize::try_from(size).unwrap(), 0);
+                        self.is_flushed();
+                        let marks = self.bytes.len().div_ceil(1 << MARK_BITS);
+                        self.marks.iter_mut().for_each(|(_, runs)| runs.resize(marks, false));
+                    }
                     Err(e) => assert!(e.to_string().contains("version 2 image which has snapshots"), "{e}"),
                 }
             }
             74..95 => assert_eq!(read(self.node(), offset, range.len()).unwrap(), self.bytes[range], "at {offset}"),
-            95..99 => self.node().flush().unwrap(),
-            _ => self.open(),
+            95..99 => {
+                self.node().flush().unwrap();
+                self.is_flushed();
+            }
+            _ => match random.below(8) {
+                0 => self.crash(),
+                1..4 => self.bitmap(random),
+                _ => {
+                    self.open();
+                    self.is_flushed();
+                    self.check_marks();
+                }
+            },
         }
     }
 
@@ -276,19 +422,28 @@ impl Model {
         let snapshots = node.snapshots().unwrap();
         match random.below(3) {
             0 if self.kept.len() < 4 => match snapshots.create("model", (1, 2)) {
-                Ok(made) => self.kept.push((made.id, self.bytes.clone())),
+                Ok(made) => {
+                    self.kept.push((made.id, self.bytes.clone()));
+                    self.is_flushed();
+                }
                 Err(e) => assert!(self.data.is_some() || e.to_string().contains("bits of refcount"), "{e}"),
             },
             1 if at < self.kept.len() => {
                 let (id, bytes) = self.kept[at].clone();
                 match snapshots.apply(&id) {
-                    Ok(()) => self.bytes = bytes,
+                    Ok(()) => {
+                        self.bytes = bytes;
+                        self.is_flushed();
+                        let marks = vec![true; self.bytes.len().div_ceil(1 << MARK_BITS)];
+                        self.marks.iter_mut().for_each(|(_, runs)| runs.clone_from(&marks));
+                    }
                     Err(e) => assert!(e.to_string().contains("bits of refcount"), "{e}"),
                 }
             }
             2 if at < self.kept.len() => {
                 let (id, _) = self.kept.remove(at);
                 snapshots.delete(Some(&id), Some("model")).unwrap();
+                self.is_flushed();
             }
             _ => {}
         }
@@ -297,6 +452,8 @@ impl Model {
     /// What a guest sees, and what qemu-img says.
     fn judge(self, dir: &Path) {
         assert!(read(self.node(), 0, self.bytes.len()).unwrap() == self.bytes);
+        self.check_marks();
+        let names: Vec<_> = self.marks.iter().map(|(name, _)| format!("\"name\": \"{name}\"")).collect();
         let Model { image, data, node, nodes, bytes, kept, encrypted, .. } = self;
         drop((node, nodes));
         let (path, name) = name_in(dir, "image.qcow2");
@@ -310,6 +467,8 @@ impl Model {
             run("qemu-img", &["check", "-q", "--object", KEY, "--image-opts", &opened]);
         } else {
             run("qemu-img", &["check", "-q", &name]);
+            let info = run("qemu-img", &["info", "--output=json", &name]);
+            assert!(names.iter().all(|bitmap| info.contains(bitmap)), "{names:?}: {info}");
         }
         let expected = dir.join("expected.raw");
         std::fs::write(&expected, bytes).unwrap();
