@@ -147,6 +147,8 @@ pub enum OptionKind {
     Secret,
     /// QAPI's `BlockdevQcow2Encryption` for LUKS: the id of an object that holds the passphrase, in its `key-secret`.
     LuksSecret,
+    /// QAPI's `Qcow2OverlapChecks`; the caller makes `all` of it, or `cached`.
+    OverlapCheck,
 }
 
 /// An option's value, already of the type that its [`OptionSpec`] names.
@@ -156,7 +158,7 @@ pub enum OptionValue {
     Bool(bool),
     /// For [`OptionKind::Size`] and [`OptionKind::Seconds`].
     Size(u64),
-    /// For [`OptionKind::Str`] and [`OptionKind::Socket`].
+    /// For [`OptionKind::Str`], [`OptionKind::Socket`] and [`OptionKind::OverlapCheck`].
     Str(String),
     /// For [`OptionKind::Secret`] and [`OptionKind::LuksSecret`].
     Secret(Secret),

@@ -55,9 +55,15 @@ impl Image {
         open(self.file(), &[])
     }
 
-    /// Why it is refused; the inspector must agree.
+    /// Why it is refused; the inspector must agree, and so must an open that writes, which changes nothing.
     fn refused(&self) -> String {
         let error = self.open().unwrap_err().to_string();
+        let file = self.file();
+        let writing = open_as(file.try_clone().unwrap(), &[], true).unwrap_err().to_string();
+        assert_eq!(writing, error);
+        let mut after = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+        file.read_exact_at(&mut after, 0).unwrap();
+        assert!(after == self.0, "an image that was refused has changed: {error}");
         let mut graph = Graph::new();
         let file = graph.add(spec("file", self.file())).unwrap();
         assert!(inspect(&file, Some("qcow2")).is_err(), "{error}");
@@ -79,12 +85,17 @@ fn spec(driver: &'static str, file: File) -> NodeSpec {
 }
 
 fn open(file: File, detached: &[&'static str]) -> block::Result<Arc<BlockNode>> {
+    open_as(file, detached, false)
+}
+
+fn open_as(file: File, detached: &[&'static str], writable: bool) -> block::Result<Arc<BlockNode>> {
     let mut graph = Graph::new();
-    graph.add(spec("file", file))?;
+    let access = NodeAccess { writable, unmap: true };
+    graph.add(NodeSpec { access, ..spec("file", file) })?;
     graph.add(NodeSpec {
         name: Some("image".into()),
         driver: "qcow2",
-        access: NodeAccess::default(),
+        access,
         host: None,
         filename: String::new(),
         children: [("file", "file".to_owned())].into(),

@@ -7,7 +7,7 @@ mod support;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
-use block::{Alarm, BlockNode, Children, Corruption, NodeAccess, OpenRequest, ZeroFlags, driver_named};
+use block::{Alarm, BlockNode, Children, Corruption, NodeAccess, OpenRequest, OptionValue, ZeroFlags, driver_named};
 use support::read;
 use support::recording::{Journal, recorded};
 
@@ -32,6 +32,25 @@ fn good(version: u32) -> Vec<u8> {
     image
 }
 
+/// The same with a snapshot: its table, its L1 table, its L2 table, one data cluster of 0xa5.
+fn with_snapshot() -> Vec<u8> {
+    let mut image = good(3);
+    image.resize(10 * 65536, 0);
+    put(&mut image, 60, &1u32.to_be_bytes());
+    put64(&mut image, 64, 6 * CLUSTER);
+    put64(&mut image, 6 * CLUSTER, 7 * CLUSTER);
+    for (at, value) in [(8, 1), (12, 0x0001_0001), (36, 24)] {
+        put(&mut image, 6 * CLUSTER + at, &u32::to_be_bytes(value));
+    }
+    put64(&mut image, 6 * CLUSTER + 48, 1 << 20);
+    put(&mut image, 6 * CLUSTER + 64, b"1s");
+    put64(&mut image, 7 * CLUSTER, 8 * CLUSTER);
+    put64(&mut image, 8 * CLUSTER, 9 * CLUSTER);
+    (6..10).for_each(|cluster| count(&mut image, cluster, 1));
+    image[9 * 65536..].fill(0xa5);
+    image
+}
+
 fn put(image: &mut [u8], at: u64, bytes: &[u8]) {
     image[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
 }
@@ -51,6 +70,10 @@ struct Opened {
 }
 
 fn open(image: Vec<u8>) -> block::Result<Opened> {
+    open_with(image, block::Options::new())
+}
+
+fn open_with(image: Vec<u8>, options: block::Options) -> block::Result<Opened> {
     let (node, file) = recorded(&Journal::silent(), 0, image);
     let heard = Arc::new(Mutex::new(Vec::new()));
     let hears = Arc::clone(&heard);
@@ -61,7 +84,7 @@ fn open(image: Vec<u8>) -> block::Result<Opened> {
         filename: String::new(),
         children,
         detached: BTreeSet::new(),
-        options: block::Options::new(),
+        options,
         writable: true,
         facts_only: false,
         node_name: "image".into(),
@@ -195,10 +218,133 @@ fn unaligned_tables_and_clusters_are_errors_of_the_write_and_mark_the_image() {
 #[test]
 fn case_58_a_broken_compressed_cluster_is_an_error_of_its_write_and_the_rest_is_written() {
     let mut image = good(3);
-    put64(&mut image, 4 * CLUSTER + 8, (1 << 62) | (1 << 54));
+    image.resize(7 * 65536, 0xff);
+    count(&mut image, 6, 1);
+    put64(&mut image, 4 * CLUSTER + 8, (1 << 62) | (1 << 54) | (6 * CLUSTER));
     let opened = open(image).unwrap();
     assert!(opened.node.write(&[1; 512], CLUSTER, false).is_err(), "what it leaves of the cluster cannot be had");
     opened.node.write(&[2; 512], 0, true).unwrap();
     opened.node.write(&[3; 65536], CLUSTER, true).unwrap();
     assert_eq!(read(&opened.node, CLUSTER, 65536).unwrap(), [3; 65536], "a whole cluster needs nothing of the old one");
+}
+
+#[test]
+fn the_image_with_a_snapshot_made_by_hand_is_a_good_one() {
+    let opened = open(with_snapshot()).unwrap();
+    opened.node.snapshots().unwrap().apply("1").unwrap();
+    assert_eq!(read(&opened.node, 0, 512).unwrap(), [0xa5; 512]);
+    opened.node.write(&[1; 512], 0, true).unwrap();
+    opened.node.snapshots().unwrap().delete(Some("1"), None).unwrap();
+    opened.node.flush().unwrap();
+    assert!(opened.heard.lock().unwrap().is_empty() && !opened.is_marked());
+    support::walk::walk(&opened.file.lock().unwrap()).unwrap();
+}
+
+#[test]
+fn case_55_tables_of_snapshots_that_stand_in_others_are_refused_for_writing() {
+    type Change = fn(&mut Vec<u8>);
+    let cases: &[(&str, Change)] = &[
+        ("the snapshot table in the refcount table", |i| {
+            i.copy_within(6 * 65536..6 * 65536 + 72, 65536 + 4096);
+            put64(i, 64, CLUSTER);
+        }),
+        ("a snapshot's L1 table in the header", |i| put64(i, 6 * CLUSTER, 0)),
+        ("a snapshot's L1 table in the refcount block", |i| put64(i, 6 * CLUSTER, 2 * CLUSTER)),
+        ("a snapshot's L1 table in the active one", |i| put64(i, 6 * CLUSTER, 3 * CLUSTER)),
+        ("a snapshot's L1 table in an L2 table", |i| put64(i, 6 * CLUSTER, 4 * CLUSTER)),
+        ("a snapshot's L1 table in the snapshot table", |i| put64(i, 6 * CLUSTER, 6 * CLUSTER)),
+        ("an L2 table in a snapshot's L1 table", |i| put64(i, 3 * CLUSTER, (7 * CLUSTER) | COPIED)),
+    ];
+    for (case, change) in cases {
+        let mut image = with_snapshot();
+        change(&mut image);
+        let error = open(image).err().unwrap_or_else(|| panic!("{case}")).to_string();
+        assert!(error.contains("overlaps other metadata"), "{case}: {error}");
+    }
+    for (at, value) in [(0, 7 * CLUSTER + 512), (0, u64::MAX - 511)] {
+        let mut image = with_snapshot();
+        put64(&mut image, 6 * CLUSTER + at, value);
+        let error = open(image).err().unwrap().to_string();
+        assert!(error.contains("Snapshot L1 table offset invalid"), "{error}");
+    }
+}
+
+#[test]
+fn case_55_a_snapshot_that_names_metadata_marks_the_image_and_nothing_else_changes() {
+    type Change = fn(&mut Vec<u8>);
+    let cases: &[(&str, Change)] = &[
+        ("its L2 table in the refcount table", |i| put64(i, 7 * CLUSTER, CLUSTER)),
+        ("its L2 table in the refcount block", |i| put64(i, 7 * CLUSTER, 2 * CLUSTER)),
+        ("its L2 table in the active L1 table", |i| put64(i, 7 * CLUSTER, 3 * CLUSTER)),
+        ("its L2 table in its own L1 table", |i| put64(i, 7 * CLUSTER, 7 * CLUSTER)),
+        ("its data in the refcount table", |i| put64(i, 8 * CLUSTER, CLUSTER)),
+        ("its data in the active L1 table", |i| put64(i, 8 * CLUSTER, 3 * CLUSTER)),
+        ("its data in an active L2 table", |i| put64(i, 8 * CLUSTER, 4 * CLUSTER)),
+        ("its data in the snapshot table", |i| put64(i, 8 * CLUSTER, 6 * CLUSTER)),
+        ("its data in its L1 table", |i| put64(i, 8 * CLUSTER, 7 * CLUSTER)),
+        ("its compressed data in the header", |i| put64(i, 8 * CLUSTER, 1 << 62)),
+    ];
+    for (case, change) in cases {
+        for applies in [true, false] {
+            let mut before = with_snapshot();
+            change(&mut before);
+            let opened = open(before.clone()).unwrap();
+            let snapshots = opened.node.snapshots().unwrap();
+            let done = if applies { snapshots.apply("1") } else { snapshots.delete(Some("1"), None).map(drop) };
+            assert!(done.is_err(), "{case}, {applies}");
+            assert!(opened.is_marked(), "{case}, {applies}: the mark");
+            assert_eq!(opened.heard.lock().unwrap().len(), 1, "{case}, {applies}: the alarm, once");
+            assert!(opened.node.write(&[1; 512], 0, false).is_err(), "{case}, {applies}: a write later");
+            let mut after = opened.file.lock().unwrap().clone();
+            after[79] = 0;
+            after.truncate(before.len());
+            assert!(after == before, "{case}, {applies}: nothing else changes");
+        }
+    }
+}
+
+#[test]
+fn case_55_a_guest_cluster_in_a_snapshots_l1_table_marks_the_image() {
+    let mut image = with_snapshot();
+    put64(&mut image, 4 * CLUSTER + 8, (7 * CLUSTER) | COPIED);
+    let opened = open(image).unwrap();
+    assert_eq!(opened.node.write(&[1; 512], CLUSTER, false).unwrap_err().raw_os_error(), Some(5));
+    assert!(opened.is_marked());
+}
+
+#[test]
+fn the_l2_tables_of_snapshots_are_guarded_where_all_of_it_is() {
+    for all in [false, true] {
+        let mut image = with_snapshot();
+        put64(&mut image, 4 * CLUSTER + 8, (8 * CLUSTER) | COPIED);
+        let options = [("overlap-check", OptionValue::Str(if all { "all" } else { "cached" }.into()))].into();
+        let opened = open_with(image, options).unwrap();
+        assert_eq!(opened.node.write(&[1; 512], CLUSTER, false).is_err(), all);
+        assert_eq!(opened.is_marked(), all);
+    }
+}
+
+/// A count of one says that each is the only owner. What a guest loses by that is its own: it stays in the image, and a check
+/// finds it.
+#[test]
+fn two_guest_clusters_in_one_host_cluster_hurt_no_more_than_each_other() {
+    let mut image = good(3);
+    put64(&mut image, 4 * CLUSTER + 8, (5 * CLUSTER) | COPIED);
+    let (file, _) = recorded(&Journal::silent(), 0, image.clone());
+    let report = block::check(&file, "qcow2", block::Repair::Nothing, &mut |_| ()).unwrap();
+    assert!(report.corruptions > 0, "{report:?}");
+    let opened = open(image).unwrap();
+    opened.node.write(&[1; 512], 0, true).unwrap();
+    opened.node.write(&[3; 512], 4 * CLUSTER, true).unwrap();
+    opened.node.discard(0, CLUSTER).unwrap();
+    for round in 0..6u64 {
+        let _ = opened.node.flush();
+        let _ = opened.node.discard(CLUSTER, CLUSTER);
+        let _ = opened.node.write(&[2; 512], (8 + round) * CLUSTER, true);
+    }
+    assert_eq!(read(&opened.node, 4 * CLUSTER, 512).unwrap(), [3; 512], "a cluster with one owner");
+    let file = opened.file.lock().unwrap().clone();
+    for (at, word) in [(0, 0x5146_49fb_0000_0003), (CLUSTER, 2 * CLUSTER), (3 * CLUSTER, (4 * CLUSTER) | COPIED)] {
+        assert_eq!(file[at as usize..at as usize + 8], u64::to_be_bytes(word), "the tables are what they were");
+    }
 }

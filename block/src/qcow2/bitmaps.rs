@@ -16,6 +16,7 @@ use super::bitmap_directory::{
 };
 use super::header::Header;
 use super::meta::Unnamed;
+use super::places::Structure;
 use super::tables::read_words;
 use crate::bitmap::Bitmap;
 use crate::{Error, Result, Wait};
@@ -200,13 +201,13 @@ impl Qcow2 {
         let mut table = Vec::new();
         for index in 0..len.div_ceil(size) {
             let place = match bitmap.stored(index * size..len.min((index + 1) * size)) {
-                Some(bytes) => self.put_table(&bytes)?,
+                Some(bytes) => self.put_table(&bytes, Structure::Bitmap)?,
                 None => 0,
             };
             table.extend(place.to_be_bytes());
         }
         Ok(Entry {
-            table: self.put_table(&table)?,
+            table: self.put_table(&table, Structure::Bitmap)?,
             entries: u32::try_from(table.len() / 8).map_err(|_| Errno::FBIG)?,
             flags: if bitmap.is_enabled() { AUTO } else { 0 },
             granularity_bits: bitmap.granularity_bits(),
@@ -228,7 +229,7 @@ impl Qcow2 {
             self.remove_bitmap_extension()?;
             None
         } else {
-            let offset = self.put_table(&bytes)?;
+            let offset = self.put_table(&bytes, Structure::Bitmap)?;
             let bitmaps = u32::try_from(entries.len()).map_err(|_| Errno::FBIG)?;
             let new = Directory { bitmaps, len: bytes.len() as u64, offset };
             // With it, whatever it names and the counts of all that.
@@ -241,8 +242,7 @@ impl Qcow2 {
         meta.bitmaps.directory = new;
         meta.bitmaps.entries = entries;
         let whole = |place: Range<u64>| (place.end - place.start).next_multiple_of(size);
-        let let_go =
-            unnamed.into_iter().map(|place| Unnamed { offset: place.start, len: whole(place), stays_of: None });
+        let let_go = unnamed.into_iter().map(|place| Unnamed::structure(place.start, whole(place), Structure::Bitmap));
         meta.unnamed.extend(let_go);
         Ok(())
     }

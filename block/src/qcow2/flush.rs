@@ -25,6 +25,7 @@ use rustix::io::Errno;
 use super::Qcow2;
 use super::entry::{Kind, L1Entry};
 use super::meta::{Meta, Unnamed};
+use super::places::Structure;
 use crate::{BlockNode, Preallocation};
 
 /// What one round writes: a consistent picture of a moment.
@@ -122,7 +123,30 @@ impl Qcow2 {
         let dirty_table = std::mem::take(&mut counts.dirty_table);
         let blocks = dirty_table.into_iter().map(|index| (index, counts.table[index])).collect();
         let table_offset = counts.table_offset;
-        Ok(Some(Round { pages, blocks, table_offset, slices, l1, unnamed }))
+        let round = Round { pages, blocks, table_offset, slices, l1, unnamed };
+        match self.overlap(&meta, &round) {
+            None => Ok(Some(round)),
+            Some((kind, offset)) => {
+                undo(&mut meta, round);
+                meta.round = false;
+                let text = format!("a {} was to be written at {offset:#x}, where none stands", kind.name());
+                Err(self.corrupt(&mut meta, text, Some(offset)))
+            }
+        }
+    }
+
+    /// The first place of a round where something else stands than what is written.
+    fn overlap(&self, meta: &Meta, round: &Round) -> Option<(Structure, u64)> {
+        let metadata = &meta.refcounts.as_ref()?.metadata;
+        let bits = self.rules.cluster_bits;
+        let l1_offset = self.l1_offset.load(std::sync::atomic::Ordering::Relaxed);
+        let pages = round.pages.iter().map(|(_, offset, _)| (Structure::RefcountBlock, *offset));
+        let blocks = round.blocks.iter();
+        let blocks = blocks.map(|(index, _)| (Structure::RefcountTable, round.table_offset + *index as u64 * 8));
+        let slices = round.slices.iter().map(|(_, offset, _)| (Structure::L2Table, *offset));
+        let l1 = round.l1.keys().map(|index| (Structure::L1Table, l1_offset + *index as u64 * 8));
+        let mut all = pages.chain(blocks).chain(slices).chain(l1);
+        all.find(|(kind, offset)| metadata.at(offset >> bits) != Some(*kind))
     }
 
     fn write(&self, round: &Round) -> io::Result<()> {
@@ -207,7 +231,7 @@ impl Qcow2 {
     /// One user less for the clusters of some host bytes.
     fn release(&self, meta: &mut Meta, unnamed: Unnamed) -> io::Result<()> {
         let bits = self.rules.cluster_bits;
-        let Unnamed { offset, len, stays_of } = unnamed;
+        let Unnamed { offset, len, stays_of, of } = unnamed;
         if let Some(cluster) = stays_of {
             // Somebody may have written there again.
             let entry = self.entry(meta, cluster)?;
@@ -223,13 +247,29 @@ impl Qcow2 {
             if meta.refcounts.is_none() {
                 return Ok(());
             }
-            self.drop_user(meta, cluster)?;
+            self.drop_user(meta, cluster, of)?;
         }
         Ok(())
     }
 
-    /// One user of a host cluster less; how many are left. Nothing more is packed into a cluster that has none.
-    pub fn drop_user(&self, meta: &mut Meta, cluster: u64) -> io::Result<u64> {
+    /// Whether a structure of kind `of`, or a guest's data if `None`, can stand in `cluster`.
+    ///
+    /// # Errors
+    /// Something else stands there: the image is damaged.
+    pub fn check_place(&self, meta: &mut Meta, cluster: u64, of: Option<Structure>) -> io::Result<()> {
+        let counts = meta.refcounts.as_ref().ok_or(Errno::ROFS)?;
+        if counts.metadata.lets_go(cluster, of) {
+            return Ok(());
+        }
+        let found = counts.metadata.at(cluster).map_or("metadata", Structure::name);
+        let (what, offset) = (of.map_or("a guest's data", Structure::name), cluster << self.rules.cluster_bits);
+        Err(self.corrupt(meta, format!("{what} at {offset:#x}, where the {found} stands"), Some(offset)))
+    }
+
+    /// One user of a host cluster less, which held a structure of kind `of`, or a guest's data; how many are left. Nothing more is
+    /// packed into a cluster that has none.
+    pub fn drop_user(&self, meta: &mut Meta, cluster: u64, of: Option<Structure>) -> io::Result<u64> {
+        self.check_place(meta, cluster, of)?;
         let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS)?;
         match counts.drop_user(cluster) {
             Ok(left) => {
@@ -318,9 +358,11 @@ impl Qcow2 {
         let before = field(counts.table_offset, (old_len * 8).div_ceil(size));
         self.switch(&mut meta, super::header::AT_REFCOUNT_TABLE, &field(table_offset, table_clusters), &before)?;
         let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS)?;
-        let old = Unnamed { offset: counts.table_offset, len: (old_len * 8).next_multiple_of(size), stays_of: None };
+        let old_len = (old_len * 8).next_multiple_of(size);
+        let old = Unnamed::structure(counts.table_offset, old_len, Structure::RefcountTable);
         counts.replace_table(table, table_offset, end);
-        counts.metadata.extend(first..first + blocks + table_clusters);
+        counts.metadata.add(first..first + blocks, Structure::RefcountBlock);
+        counts.metadata.add(first + blocks..first + blocks + table_clusters, Structure::RefcountTable);
         meta.unnamed.push(old);
         Ok(())
     }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use super::bitmaps::Stored;
 use super::entry::L1Entry;
+use super::places::Structure;
 use super::refcounts::{Refcounts, Refused};
 
 /// Slices with changes before they are written without being asked: 8 MiB.
@@ -62,6 +63,20 @@ pub struct Unnamed {
     pub len: u64,
     /// The guest cluster whose place it stays, if it does: then only the content is of no use, as long as nobody writes there.
     pub stays_of: Option<u64>,
+    /// The kind of structure that stands there; `None` for a guest's data.
+    pub of: Option<Structure>,
+}
+
+impl Unnamed {
+    /// Host bytes of a guest's data.
+    pub fn data(offset: u64, len: u64) -> Unnamed {
+        Unnamed { offset, len, stays_of: None, of: None }
+    }
+
+    /// Host bytes of a structure of the image.
+    pub fn structure(offset: u64, len: u64, of: Structure) -> Unnamed {
+        Unnamed { offset, len, stays_of: None, of: Some(of) }
+    }
 }
 
 impl Meta {

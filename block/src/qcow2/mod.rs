@@ -25,6 +25,7 @@ pub mod inflate;
 mod l1;
 mod meta;
 mod opening;
+mod places;
 mod refcounts;
 mod resize;
 mod rewrite;
@@ -84,6 +85,12 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
             kind: OptionKind::Bool,
             summary: "discarded clusters keep their place in the file, so that it does not fragment",
         },
+        OptionSpec {
+            name: "overlap-check",
+            kind: OptionKind::OverlapCheck,
+            summary: "which of the image's own structures nothing may be written over: `all`, or all but the L2 tables of \
+                      snapshots, which are guarded whatever else is said; default `cached`",
+        },
     ],
     takes_descriptor: false,
     writes: true,
@@ -106,6 +113,8 @@ pub(crate) struct Qcow2 {
     /// `None` also for an encrypted image of which only facts are asked.
     encryption: Option<Encryption>,
     discard_no_unref: bool,
+    /// Whether the L2 tables of snapshots are guarded, too.
+    guards_snapshots: bool,
     alarm: Alarm,
     /// Bytes that a guest sees.
     size: AtomicU64,

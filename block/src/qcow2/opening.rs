@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Opening an image, and the way from reading to writing and back.
 
-use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,8 +13,10 @@ use super::header::{self, Header};
 use super::inflate::Inflated;
 use super::l1::L1;
 use super::meta::Meta;
+use super::places::{Places, Structure};
 use super::refcounts::{MAX_OFFSET, Refcounts};
 use super::slices::Slices;
+use super::snapshot_table;
 use super::tables::read_words;
 use crate::coalesce::Coalesced;
 use crate::driver::{Driver, OpenRequest, OptionValue};
@@ -26,6 +27,8 @@ use crate::{BlockNode, Error, Result, Wait};
 
 /// Most bytes of L2 tables in memory, unless the caller says otherwise: QEMU's default.
 const L2_CACHE: u64 = 32 << 20;
+/// Most L2 tables of snapshots that are guarded: 200 MiB of memory.
+const MOST_GUARDED: u64 = 1 << 22;
 
 pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
     let file = request.child("file")?;
@@ -97,6 +100,7 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         luks,
         encryption,
         discard_no_unref: request.options.get("discard-no-unref") == Some(&OptionValue::Bool(true)),
+        guards_snapshots: request.options.get("overlap-check") == Some(&OptionValue::Str("all".into())),
         alarm: request.alarm,
         writable: AtomicBool::new(false),
         damaged: AtomicBool::new(false),
@@ -202,42 +206,73 @@ impl Qcow2 {
         stored
     }
 
-    /// Clusters where metadata stands. Two tables in one place mean that the image is damaged.
-    fn metadata(&self, header: &Header, counts: &Refcounts, bitmaps: &[Range<u64>]) -> Result<HashSet<u64>> {
+    /// Where metadata stands. Two structures in one place mean that the image is damaged.
+    fn metadata(&self, header: &Header, counts: &Refcounts, bitmaps: &[Range<u64>]) -> Result<Places> {
         let size = self.rules.cluster_size();
         let bits = self.rules.cluster_bits;
-        let mut taken = HashSet::new();
-        let mut take = |what: &str, offset: u64, bytes: u64| {
-            for cluster in offset >> bits..(offset + bytes).div_ceil(size) {
-                if !taken.insert(cluster) {
-                    return Err(Error::corrupt(format!(
-                        "the image is damaged: its {what} at offset {offset:#x} overlaps other metadata; it can be read only"
-                    )));
-                }
-            }
-            Ok(())
+        let mut runs = vec![(0..1, Structure::Header)];
+        let mut take = |kind: Structure, offset: u64, bytes: u64| {
+            runs.push((offset >> bits..(offset + bytes).div_ceil(size), kind));
         };
-        take("header", 0, 1)?;
-        take("refcount table", header.refcount_table_offset, u64::from(header.refcount_table_clusters) * size)?;
-        take("L1 table", header.l1_offset, u64::from(header.l1_room) * 8)?;
+        let table_bytes = u64::from(header.refcount_table_clusters) * size;
+        take(Structure::RefcountTable, header.refcount_table_offset, table_bytes);
+        take(Structure::L1Table, header.l1_offset, u64::from(header.l1_room) * 8);
         if let Some(place) = &header.luks {
-            take("LUKS header", place.start, place.end - place.start)?;
-        }
-        if header.snapshots > 0 {
-            take("snapshot table", header.snapshots_offset, 1)?;
+            take(Structure::LuksHeader, place.start, place.end - place.start);
         }
         for place in bitmaps {
-            take("bitmap", place.start, place.end - place.start)?;
+            take(Structure::Bitmap, place.start, place.end - place.start);
         }
         let in_range = |&&block: &&u64| block != 0 && block < MAX_OFFSET && block.is_multiple_of(size);
         for &block in counts.table.iter().filter(in_range) {
-            take("refcount block", block, size)?;
+            take(Structure::RefcountBlock, block, size);
         }
         for (_, entry) in self.l1.tables(usize::MAX) {
             if entry.offset().is_multiple_of(size) {
-                take("L2 table", entry.offset(), size)?;
+                take(Structure::L2Table, entry.offset(), size);
             }
         }
-        Ok(taken)
+        self.snapshot_tables(header, &mut take)?;
+        Places::new(runs).map_err(|(cluster, kind)| {
+            let (what, offset) = (kind.name(), cluster << bits);
+            Error::corrupt(format!(
+                "the image is damaged: its {what} at offset {offset:#x} overlaps other metadata; it can be read only"
+            ))
+        })
+    }
+
+    /// What belongs to snapshots.
+    fn snapshot_tables(&self, header: &Header, take: &mut impl FnMut(Structure, u64, u64)) -> Result<()> {
+        if header.snapshots == 0 {
+            return Ok(());
+        }
+        let size = self.rules.cluster_size();
+        let entries = snapshot_table::read(&self.file, header.snapshots_offset, header.snapshots, header.size)?;
+        take(Structure::SnapshotTable, header.snapshots_offset, snapshot_table::bytes(&entries).len() as u64);
+        let mut tables = 0;
+        for entry in &entries {
+            let bytes = u64::from(entry.l1_entries) * 8;
+            if !entry.l1_offset.is_multiple_of(size) || entry.l1_offset > MAX_OFFSET - bytes {
+                return Err(Error::corrupt(format!("Snapshot L1 table offset invalid: {:#x}", entry.l1_offset)));
+            }
+            take(Structure::SnapshotL1Table, entry.l1_offset, bytes);
+            if !self.guards_snapshots {
+                continue;
+            }
+            let l1 = read_words(&self.file, entry.l1_offset, entry.l1_entries.into(), Wait::Allowed);
+            for word in l1.map_err(|e| Error::io("read the L1 table of a snapshot", e))? {
+                let offset = L1Entry(word).offset();
+                if offset != 0 && offset.is_multiple_of(size) {
+                    tables += 1;
+                    take(Structure::SnapshotL2Table, offset, size);
+                }
+            }
+            if tables > MOST_GUARDED {
+                return Err(Error::unsupported(format!(
+                    "the snapshots have more than {MOST_GUARDED} L2 tables, too many for overlap-check=all"
+                )));
+            }
+        }
+        Ok(())
     }
 }

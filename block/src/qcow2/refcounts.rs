@@ -10,12 +10,13 @@
 //!
 //! [`flush`]: super::flush
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::places::{Places, Structure};
 use crate::{BlockNode, Wait};
 
 /// Bytes in a page of a refcount block, unless a whole block is smaller.
@@ -42,8 +43,8 @@ pub struct Refcounts {
     cursor: u64,
     /// Clusters from here on were never given out and lie past the end of the file: zeroes.
     virgin: u64,
-    /// Clusters that hold metadata, by number: nothing else may stand there.
-    pub metadata: HashSet<u64>,
+    /// Where metadata stands, and nothing else may.
+    pub metadata: Places,
 }
 
 /// A run of clusters, given out.
@@ -92,7 +93,7 @@ impl Refcounts {
             dirty_table: BTreeSet::new(),
             cursor: 0,
             virgin,
-            metadata: HashSet::new(),
+            metadata: Places::default(),
         }
     }
 
@@ -202,7 +203,7 @@ impl Refcounts {
         self.set(cluster, left)?;
         if left == 0 {
             self.cursor = self.cursor.min(cluster);
-            self.metadata.remove(&cluster);
+            self.metadata.remove(cluster);
         }
         Ok(left)
     }
@@ -264,9 +265,9 @@ impl Refcounts {
             return Err(io::Error::from(Errno::NOSPC).into());
         }
         for cluster in first..first + clusters {
-            if cluster == 0 || self.metadata.contains(&cluster) {
-                let offset = cluster << self.cluster_bits;
-                return Err(Refused::Corrupt("metadata stands in a cluster that is counted as free".into(), offset));
+            if let Some(found) = self.metadata.at(cluster).or((cluster == 0).then_some(Structure::Header)) {
+                let text = format!("the {} stands in a cluster that is counted as free", found.name());
+                return Err(Refused::Corrupt(text, cluster << self.cluster_bits));
             }
             self.set(cluster, 1)?;
         }
@@ -309,7 +310,7 @@ impl Refcounts {
         match self.give_out(cluster, 1) {
             Ok(_) => {
                 self.dirty_table.insert(index);
-                self.metadata.insert(cluster);
+                self.metadata.add(cluster..cluster + 1, Structure::RefcountBlock);
                 Ok(())
             }
             Err(e) => {

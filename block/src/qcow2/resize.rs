@@ -10,6 +10,7 @@ use super::Qcow2;
 use super::entry::L2Entry;
 use super::header::{self, MAX_L1_BYTES};
 use super::meta::Unnamed;
+use super::places::Structure;
 use crate::driver::{Target, ZeroFlags};
 use crate::{Error, Preallocation, Result};
 
@@ -164,7 +165,7 @@ impl Qcow2 {
         // A quarter more, so that a disk that grows in small steps does not move its table each time.
         let entries = (tables + tables / 4).min(MAX_L1_BYTES / 8);
         let clusters = (entries * 8).div_ceil(rules.cluster_size());
-        let place = self.table_room(clusters)?;
+        let place = self.table_room(clusters, Structure::L1Table)?;
         let moved = self.move_l1(room, entries, place, clusters);
         let mut meta = self.meta();
         if moved.is_err()
@@ -198,7 +199,7 @@ impl Qcow2 {
         let old = self.l1_offset.swap(place, Ordering::Relaxed);
         if room > 0 {
             let len = (room * 8).next_multiple_of(rules.cluster_size());
-            meta.unnamed.push(Unnamed { offset: old, len, stays_of: None });
+            meta.unnamed.push(Unnamed::structure(old, len, Structure::L1Table));
         }
         meta.l1_room = entries;
         Ok(())

@@ -23,6 +23,7 @@ use super::Qcow2;
 use super::entry::{L1Entry, L2Entry};
 use super::header;
 use super::meta::{Meta, Unnamed};
+use super::places::Structure;
 use super::snapshot_table::{self, Entry};
 use super::tables::read_words;
 use crate::snapshot::{Snapshot, Snapshots};
@@ -38,6 +39,8 @@ const MAX_NAME: usize = 255;
 enum Step {
     Up,
     Down,
+    /// Neither: whether all stands where it can.
+    Look,
 }
 
 impl Snapshots for Qcow2 {
@@ -160,7 +163,8 @@ impl Qcow2 {
             self.write_back()?;
             self.fit_flags(&l1)?;
             let plain: Vec<u64> = l1.iter().map(|&entry| L1Entry(entry).offset()).collect();
-            let l1_offset = self.put_table(&plain.iter().flat_map(|entry| entry.to_be_bytes()).collect::<Vec<u8>>())?;
+            let bytes: Vec<u8> = plain.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+            let l1_offset = self.put_table(&bytes, Structure::SnapshotL1Table)?;
             entries.push(Entry {
                 l1_offset,
                 l1_entries: u32::try_from(plain.len()).unwrap_or(u32::MAX),
@@ -219,7 +223,7 @@ impl Qcow2 {
     fn go_back(&self, l1: &[u64], size: u64) -> io::Result<()> {
         let before = self.active_l1();
         let bytes: Vec<u8> = l1.iter().flat_map(|&entry| L1Entry(entry).offset().to_be_bytes()).collect();
-        let place = self.put_table(&bytes)?;
+        let place = self.put_table(&bytes, Structure::L1Table)?;
         self.write_back()?;
         // Size and L1 table stand in one sector: a crash leaves the old state or the new one.
         let (old_place, old_room) = (self.l1_offset.load(Ordering::Relaxed), self.meta().l1_room);
@@ -247,9 +251,10 @@ impl Qcow2 {
             meta.l1_room = room;
             if old_room > 0 {
                 let len = (old_room * 8).next_multiple_of(self.rules.cluster_size());
-                meta.unnamed.push(Unnamed { offset: old_place, len, stays_of: None });
+                meta.unnamed.push(Unnamed::structure(old_place, len, Structure::L1Table));
             }
         }
+        self.guard_l2_tables(l1);
         self.count_tree(&before, Step::Down)?;
         self.write_back()?;
         self.fit_flags(l1)?;
@@ -259,12 +264,13 @@ impl Qcow2 {
     fn let_go(&self, rest: &[Entry], gone: &Entry) -> io::Result<()> {
         self.write_back()?;
         let l1 = self.read_l1_at(gone.l1_offset, gone.l1_entries)?;
+        self.count_tree(&l1, Step::Look)?;
         self.set_dirty(true)?;
         self.switch_table(rest)?;
         self.count_tree(&l1, Step::Down)?;
         if gone.l1_entries > 0 {
             let len = (u64::from(gone.l1_entries) * 8).next_multiple_of(self.rules.cluster_size());
-            self.meta().unnamed.push(Unnamed { offset: gone.l1_offset, len, stays_of: None });
+            self.meta().unnamed.push(Unnamed::structure(gone.l1_offset, len, Structure::SnapshotL1Table));
         }
         self.write_back()?;
         self.fit_flags(&self.active_l1())?;
@@ -328,14 +334,14 @@ impl Qcow2 {
             let entries = self.l2_entries_at(table)?;
             let named =
                 entries.iter().filter_map(|&entry| self.host_bytes(entry, 0)).filter(|named| named.stays_of.is_none());
-            let own = Unnamed { offset: table, len: size, stays_of: None };
-            for Unnamed { offset, len, .. } in named.chain([own]) {
+            let own = Unnamed::structure(table, size, Structure::L2Table);
+            for Unnamed { offset, len, of, .. } in named.chain([own]) {
                 for cluster in offset / size..=(offset + len - 1) / size {
                     if *counted >= most {
                         return Ok(());
                     }
                     let mut meta = self.meta();
-                    let left = self.count_one(&mut meta, cluster, step)?;
+                    let left = self.count_one(&mut meta, cluster, of, step)?;
                     *counted += 1;
                     if left == 0 {
                         match freed.last_mut() {
@@ -349,9 +355,13 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn count_one(&self, meta: &mut Meta, cluster: u64, step: Step) -> io::Result<u64> {
+    fn count_one(&self, meta: &mut Meta, cluster: u64, of: Option<Structure>, step: Step) -> io::Result<u64> {
         if step == Step::Down {
-            return self.drop_user(meta, cluster);
+            return self.drop_user(meta, cluster, of);
+        }
+        self.check_place(meta, cluster, of)?;
+        if step == Step::Look {
+            return Ok(2);
         }
         let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS)?;
         match counts.add_user(cluster) {
@@ -383,6 +393,7 @@ impl Qcow2 {
                 }
             }
             if differs {
+                self.check_place(&mut self.meta(), table / self.rules.cluster_size(), Some(Structure::L2Table))?;
                 let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
                 self.file.write(&bytes, table, false)?;
             }
@@ -400,6 +411,18 @@ impl Qcow2 {
         self.file.flush()
     }
 
+    /// The tables of a snapshot that has become the active image.
+    fn guard_l2_tables(&self, l1: &[u64]) {
+        let bits = self.rules.cluster_bits;
+        let mut meta = self.meta();
+        let Some(counts) = &mut meta.refcounts else { return };
+        for table in l1.iter().map(|&entry| L1Entry(entry).offset() >> bits).filter(|&table| table != 0) {
+            // Counting has made sure that nothing but a table of this kind stands there.
+            counts.metadata.remove(table);
+            counts.metadata.add(table..table + 1, Structure::L2Table);
+        }
+    }
+
     fn has_one_user(&self, place: u64) -> io::Result<bool> {
         let mut meta = self.meta();
         let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS)?;
@@ -412,7 +435,7 @@ impl Qcow2 {
     /// Makes `entries` the image's snapshots.
     fn switch_table(&self, entries: &[Entry]) -> io::Result<()> {
         let bytes = snapshot_table::bytes(entries);
-        let place = if entries.is_empty() { 0 } else { self.put_table(&bytes)? };
+        let place = if entries.is_empty() { 0 } else { self.put_table(&bytes, Structure::SnapshotTable)? };
         self.write_back()?;
         self.file.flush()?;
         let count = u32::try_from(entries.len()).map_err(|_| Errno::FBIG)?;
@@ -424,7 +447,7 @@ impl Qcow2 {
         (meta.snapshots, meta.snapshots_offset) = (count, place);
         if old_count > 0 {
             let len = old_len.next_multiple_of(self.rules.cluster_size());
-            meta.unnamed.push(Unnamed { offset: old_offset, len, stays_of: None });
+            meta.unnamed.push(Unnamed::structure(old_offset, len, Structure::SnapshotTable));
         }
         Ok(())
     }
@@ -436,6 +459,10 @@ impl Qcow2 {
         }
         if !dirty {
             self.write_back()?;
+        }
+        if self.meta().corrupt {
+            // The mark that says so stays as it is.
+            return Err(Errno::IO.into());
         }
         let bits = self.header.incompatible & !header::DIRTY | if dirty { header::DIRTY } else { 0 };
         self.file.write(&bits.to_be_bytes(), header::AT_INCOMPATIBLE, false)?;

@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use super::Qcow2;
 use super::entry::{Kind, L1Entry, L2Entry};
 use super::meta::{Meta, Unnamed};
+use super::places::Structure;
 use super::refcounts::Refused;
 use crate::{BlockNode, Wait};
 
@@ -222,33 +223,34 @@ impl Qcow2 {
             counts.drop_user(room.offset >> rules.cluster_bits)?;
             return Err(e.into());
         }
-        counts.metadata.insert(room.offset >> rules.cluster_bits);
+        let cluster = room.offset >> rules.cluster_bits;
+        counts.metadata.add(cluster..cluster + 1, Structure::L2Table);
         let index = usize::try_from(l1_index).map_err(|_| io::Error::from(Errno::IO))?;
         let entry = L1Entry::exclusive(room.offset);
         self.l1.set(index, entry);
         meta.dirty_l1.insert(index, entry);
         if old.offset() != 0 {
-            meta.unnamed.push(Unnamed { offset: old.offset(), len: rules.cluster_size(), stays_of: None });
+            meta.unnamed.push(Unnamed::structure(old.offset(), rules.cluster_size(), Structure::L2Table));
         }
         Ok(())
     }
 
     /// Room in a row for a table, where nothing but metadata may stand from now on; its offset.
-    pub fn table_room(&self, clusters: u64) -> io::Result<u64> {
+    pub fn table_room(&self, clusters: u64, kind: Structure) -> io::Result<u64> {
         self.with_room(|meta| {
             let counts = meta.refcounts.as_mut().ok_or(Errno::ROFS).map_err(io::Error::from)?;
             let room = counts.allocate_row(clusters)?;
             let first = room.offset >> self.rules.cluster_bits;
-            counts.metadata.extend(first..first + clusters);
+            counts.metadata.add(first..first + clusters, kind);
             Ok(room.offset)
         })
     }
 
     /// Writes a table in new room; its offset. Nobody names it yet.
-    pub fn put_table(&self, bytes: &[u8]) -> io::Result<u64> {
+    pub fn put_table(&self, bytes: &[u8], kind: Structure) -> io::Result<u64> {
         let size = self.rules.cluster_size();
         let clusters = (bytes.len() as u64).div_ceil(size).max(1);
-        let place = self.table_room(clusters)?;
+        let place = self.table_room(clusters, kind)?;
         let mut padded = bytes.to_vec();
         padded.resize(usize::try_from(clusters * size).map_err(|_| Errno::FBIG)?, 0);
         self.file.write_growing(&padded, place, false)?;
@@ -259,11 +261,11 @@ impl Qcow2 {
     pub fn host_bytes(&self, entry: L2Entry, cluster: u64) -> Option<Unnamed> {
         if entry.is_compressed() {
             let (offset, len) = entry.compressed_range(self.rules.cluster_bits);
-            return Some(Unnamed { offset, len, stays_of: None });
+            return Some(Unnamed::data(offset, len));
         }
         let place = entry.place(self.rules)?;
         let stays_of = self.rules.external_data.then_some(cluster);
-        Some(Unnamed { offset: place, len: self.rules.cluster_size(), stays_of })
+        Some(Unnamed { stays_of, ..Unnamed::data(place, self.rules.cluster_size()) })
     }
 
     /// No entry of a slice may name a place where metadata stands: a guest would write over it.
@@ -274,8 +276,21 @@ impl Qcow2 {
         }
         let rules = self.rules;
         let entries = words.chunks(if rules.extended { 2 } else { 1 });
-        let places = entries.filter_map(|entry| L2Entry { word: entry[0], bitmap: 0 }.place(rules));
-        let bad = places.map(|place| place >> rules.cluster_bits).find(|cluster| counts.metadata.contains(cluster));
+        let mut places = entries.filter_map(|entry| L2Entry { word: entry[0], bitmap: 0 }.place(rules));
+        // Clusters that follow each other are asked for at once.
+        let mut run = 0..0;
+        let bad = loop {
+            let next = places.next().map(|place| place >> rules.cluster_bits);
+            if next == Some(run.end) {
+                run.end += 1;
+                continue;
+            }
+            if let Some((cluster, _)) = counts.metadata.first_in(run.clone()) {
+                break Some(cluster);
+            }
+            let Some(next) = next else { break None };
+            run = next..next + 1;
+        };
         match bad {
             Some(cluster) => {
                 let offset = cluster << rules.cluster_bits;

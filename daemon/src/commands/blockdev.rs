@@ -281,6 +281,14 @@ pub fn driver_options(
                 let id = id.ok_or_else(|| Error::generic("Parameter 'encrypt.key-secret' is required for cipher"))?;
                 OptionValue::Secret(objects.secret(id)?)
             }
+            (OptionKind::OverlapCheck, value) => {
+                let template = value.get("template").unwrap_or(value);
+                let all = match value.get("inactive-l2") {
+                    Some(own) => *own == Value::Bool(true),
+                    None => template.as_str() == Some("all"),
+                };
+                OptionValue::Str(if all { "all" } else { "cached" }.into())
+            }
             (OptionKind::Bool, _) => return Err(Error::invalid_type(spec.name, "boolean")),
             (OptionKind::Str | OptionKind::Secret, _) => return Err(Error::invalid_type(spec.name, "string")),
         };

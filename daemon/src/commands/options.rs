@@ -8,6 +8,21 @@ use qmp::{Definition, Member, Type};
 
 use super::words;
 
+const OVERLAP_MODES: [&str; 4] = ["none", "constant", "cached", "all"];
+
+const OVERLAP_FLAGS: [Member; 10] = [
+    Member::optional("template", Type::Named("Qcow2OverlapCheckMode"), "What holds for the others; default `cached`."),
+    Member::optional("main-header", Type::Bool, "The header."),
+    Member::optional("active-l1", Type::Bool, "The L1 table."),
+    Member::optional("active-l2", Type::Bool, "The L2 tables."),
+    Member::optional("refcount-table", Type::Bool, "The refcount table."),
+    Member::optional("refcount-block", Type::Bool, "The refcount blocks."),
+    Member::optional("snapshot-table", Type::Bool, "The snapshot table."),
+    Member::optional("inactive-l1", Type::Bool, "The L1 tables of snapshots."),
+    Member::optional("inactive-l2", Type::Bool, "The L2 tables of snapshots, which takes reading them all."),
+    Member::optional("bitmap-directory", Type::Bool, "The directory of dirty bitmaps, and what it names."),
+];
+
 /// Members that every node takes, before those of its driver.
 const BASE: [Member; 8] = [
     Member::required("driver", Type::Named("BlockdevDriver"), "The image's format, or `file` for a passed descriptor."),
@@ -45,6 +60,21 @@ pub fn types() -> Vec<Definition> {
                 Member::optional("key-secret", Type::Str, "The id of a `secret` object that holds the passphrase."),
             ],
             "What opens an encrypted qcow2 image.",
+        ),
+        words(
+            "Qcow2OverlapCheckMode",
+            &OVERLAP_MODES,
+            "What is guarded: all of it, or what is known without reading more.",
+        ),
+        Definition::structure(
+            "Qcow2OverlapCheckFlags",
+            OVERLAP_FLAGS,
+            "Structures of an image. Whatever is said, all are guarded but `inactive-l2`, which is as said, or as `template` has it.",
+        ),
+        Definition::alternate(
+            "Qcow2OverlapChecks",
+            [Type::Named("Qcow2OverlapCheckFlags"), Type::Named("Qcow2OverlapCheckMode")],
+            "Which structures of an image nothing may be written over.",
         ),
         words("BlockdevDiscardOptions", &["ignore", "unmap"], "What a discard does."),
         words("BlockdevDetectZeroesOptions", &["off", "on", "unmap"], "Whether writes of zeroes are looked for."),
@@ -110,6 +140,7 @@ fn members(driver: &DriverEntry) -> Vec<Member> {
             OptionKind::Socket => Type::Named("SocketAddress"),
             OptionKind::Str | OptionKind::Secret => Type::Str,
             OptionKind::LuksSecret => Type::Named("BlockdevQcow2Encryption"),
+            OptionKind::OverlapCheck => Type::Named("Qcow2OverlapChecks"),
         };
         let make = if option.kind == OptionKind::Socket { Member::required } else { Member::optional };
         members.push(make(option.name, ty, option.summary));
