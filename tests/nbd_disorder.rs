@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use disorder::client::{Client, Dice, Style};
 use disorder::{Model, SECTOR};
-use harness::TestDaemon;
+use harness::{TestDaemon, judges, text};
 use rustix::process::{Pid, Signal, kill_process};
 
 const CONNECTIONS: u64 = 16;
@@ -169,8 +169,11 @@ fn disorder(format: &str, image: &Path, seed: u64, rounds: usize, until: Option<
             }
         });
         if violent {
-            let killed = std::mem::replace(&mut daemon, start(image, format));
-            killed.daemon.wait().unwrap();
+            daemon.daemon.wait().unwrap();
+            if format == "qcow2" {
+                assert_sound(image);
+            }
+            daemon = start(image, format);
         } else {
             // Refused while a client is there: what died has been let go of when it is not.
             let delete = serde_json::json!({ "id": "disk" });
@@ -180,25 +183,61 @@ fn disorder(format: &str, image: &Path, seed: u64, rounds: usize, until: Option<
             daemon.export("disk", true);
         }
         let mut model = model.lock().unwrap();
-        model.settle();
+        if violent && format == "qcow2" {
+            model.crash()
+        } else {
+            model.settle()
+        }
         drop(model);
         round += 1;
     }
     // In the end the file itself is what clients were told.
     drop(daemon);
     let mut model = model.into_inner().unwrap();
+    let bytes = match format {
+        "qcow2" => {
+            model.crash();
+            assert_sound(image);
+            let plain = tempfile::NamedTempFile::new().unwrap();
+            let arguments = ["convert", "-f", "qcow2", "-O", "raw", text(image), text(plain.path())];
+            assert!(Command::new("qemu-img").args(arguments).status().unwrap().success());
+            std::fs::read(plain.path()).unwrap()
+        }
+        _ => std::fs::read(image).unwrap(),
+    };
     let read = model.begin(0, SECTORS, None);
-    let bytes = std::fs::read(image).unwrap();
     model.end_read(read, &bytes).unwrap();
     round as u64
 }
 
+/// Leaked clusters are all that a killed daemon may leave.
+fn assert_sound(image: &Path) {
+    let checked = Command::new("qemu-img").args(["check", "-f", "qcow2", text(image)]).output().unwrap();
+    assert!(matches!(checked.status.code(), Some(0 | 3)), "{}", String::from_utf8_lossy(&checked.stdout));
+}
+
+fn until() -> Option<Instant> {
+    let seconds = std::env::var("DOORLESS_DISORDER_SECONDS").ok()?;
+    Some(Instant::now() + Duration::from_secs(seconds.parse().unwrap()))
+}
+
 #[test]
 fn sixteen_connections_in_disorder_see_only_what_nbd_allows() {
-    let until = std::env::var("DOORLESS_DISORDER_SECONDS").ok();
-    let until = until.map(|seconds| Instant::now() + Duration::from_secs(seconds.parse().unwrap()));
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len((SECTORS * SECTOR) as u64).unwrap();
-    let rounds = disorder("raw", image.path(), 0x0d15_0bde, 8, until);
+    let rounds = disorder("raw", image.path(), 0x0d15_0bde, 8, until());
+    println!("{rounds} rounds of {CONNECTIONS} connections");
+}
+
+#[test]
+fn sixteen_connections_in_disorder_see_only_what_nbd_allows_of_qcow2() {
+    if !judges("sixteen_connections_in_disorder_see_only_what_nbd_allows_of_qcow2", &["qemu-img"]) {
+        return;
+    }
+    let image = tempfile::NamedTempFile::new().unwrap();
+    let size = (SECTORS * SECTOR).to_string();
+    let options = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", text(image.path()), &size];
+    assert!(Command::new("qemu-img").args(options).status().unwrap().success());
+    let rounds = disorder("qcow2", image.path(), 0x0d15_0bdf, 6, until());
     println!("{rounds} rounds of {CONNECTIONS} connections");
 }

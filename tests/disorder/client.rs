@@ -119,7 +119,7 @@ impl Client {
                         *outcome = checked;
                     }
                 }
-                FLUSH => model.lose(request),
+                FLUSH => model.end_flush(request),
                 _ => model.end_change(request),
             }
         }

@@ -6,6 +6,8 @@
 //! began before the read ended, unless another change lay wholly between the end of that one and the beginning of the read.
 //! A trim leaves old bytes or zeroes. What was asked over a connection that died may still happen until the server has let
 //! go of it. Where nothing is under way, two reads show the same.
+//!
+//! A format that names new room with the next flush may lose with its daemon what no flush has covered: [`Model::crash`].
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub, dead_code)]
 
 pub mod client;
@@ -75,6 +77,8 @@ pub struct UnderWay {
 /// All sectors of a disk.
 pub struct Model {
     sectors: Vec<Vec<Candidate>>,
+    /// What was overwritten, or was not what a read has shown, until a flush has begun after that.
+    buried: Vec<Vec<Candidate>>,
     now: Moment,
     under_way: BTreeSet<Moment>,
 }
@@ -83,7 +87,8 @@ impl Model {
     /// A disk of zeroes.
     pub fn zeroes(sectors: usize) -> Model {
         let zeroes = Candidate { content: Content::Stamp(0), began: 0, ended: Some(0), superseded: None };
-        Model { sectors: vec![vec![zeroes]; sectors], now: 1, under_way: BTreeSet::new() }
+        let buried = vec![Vec::new(); sectors];
+        Model { sectors: vec![vec![zeroes]; sectors], buried, now: 1, under_way: BTreeSet::new() }
     }
 
     pub fn sectors(&self) -> usize {
@@ -116,7 +121,8 @@ impl Model {
         let now = self.tick();
         self.under_way.remove(&request.began);
         let oldest = self.under_way.first().copied().unwrap_or(now);
-        for sector in &mut self.sectors[request.first..request.first + request.count] {
+        for number in request.first..request.first + request.count {
+            let sector = &mut self.sectors[number];
             let this = sector.iter_mut().find(|candidate| candidate.began == request.began).unwrap();
             this.ended = Some(now);
             if !matches!(this.content, Content::Trimmed) {
@@ -126,7 +132,24 @@ impl Model {
                     }
                 }
             }
-            sector.retain(|candidate| candidate.superseded.is_none_or(|superseded| superseded >= oldest));
+            bury(sector, &mut self.buried[number], oldest);
+        }
+    }
+
+    /// A flush has been answered: what had ended before it began is there for good.
+    pub fn end_flush(&mut self, request: UnderWay) {
+        self.under_way.remove(&request.began);
+        for buried in &mut self.buried {
+            buried.retain(|candidate| candidate.superseded.is_none_or(|moment| moment >= request.began));
+        }
+    }
+
+    /// The server is gone, and with it what no flush has covered: each sector may be what it was before, too.
+    pub fn crash(&mut self) {
+        self.settle();
+        for (sector, buried) in self.sectors.iter_mut().zip(&mut self.buried) {
+            sector.append(buried);
+            sector.iter_mut().for_each(|candidate| candidate.superseded = None);
         }
     }
 
@@ -166,7 +189,7 @@ impl Model {
                     older.superseded.get_or_insert(at);
                 }
                 sector.push(Candidate { content, began: at, ended: Some(at), superseded: None });
-                sector.retain(|candidate| candidate.superseded.is_none_or(|superseded| superseded >= oldest));
+                bury(sector, &mut self.buried[number], oldest);
             }
         }
         Ok(())
@@ -183,6 +206,40 @@ impl Model {
         assert!(self.under_way.is_empty());
         for candidate in self.sectors.iter_mut().flatten() {
             candidate.ended.get_or_insert(now);
+        }
+    }
+}
+
+/// Takes out what no read that is under way may see, the oldest of which began at `oldest`.
+fn bury(sector: &mut Vec<Candidate>, buried: &mut Vec<Candidate>, oldest: Moment) {
+    buried.extend(sector.extract_if(.., |candidate| candidate.superseded.is_some_and(|moment| moment < oldest)));
+}
+
+#[test]
+fn the_model_itself_tells_what_a_crash_may_lose() {
+    let stamped = |word: u64| word.to_be_bytes().repeat(SECTOR / WORD);
+    let mut model = Model::zeroes(1);
+    let write = |model: &mut Model, word| {
+        let request = model.begin(0, 1, Some(Change::Stamp(word)));
+        model.end_change(request);
+    };
+    write(&mut model, 1);
+    let flush = model.begin(0, 0, None);
+    write(&mut model, 2);
+    model.end_flush(flush);
+    write(&mut model, 3);
+    let before = model.begin(0, 1, None);
+    assert!(model.end_read(before, &stamped(2)).is_err(), "overwritten, as long as nobody crashes");
+    model.crash();
+    for (word, may) in [(0, false), (1, true), (2, true), (3, true)] {
+        let (sectors, buried) = (model.sectors.clone(), model.buried.clone());
+        let mut fork = Model { sectors, buried, now: model.now, under_way: BTreeSet::new() };
+        let read = fork.begin(0, 1, None);
+        assert_eq!(fork.end_read(read, &stamped(word)).is_ok(), may, "{word}");
+        if may {
+            let others = 1 + word % 3;
+            let read = fork.begin(0, 1, None);
+            assert!(fork.end_read(read, &stamped(others)).is_err(), "what a read has shown stays");
         }
     }
 }
@@ -219,7 +276,8 @@ fn the_model_itself_tells_stale_from_fresh() {
     let trim = model.begin(0, 1, Some(Change::Trim));
     model.end_change(trim);
     for word in [0, 3] {
-        let mut fork = Model { sectors: model.sectors.clone(), now: model.now, under_way: BTreeSet::new() };
+        let (sectors, buried) = (model.sectors.clone(), model.buried.clone());
+        let mut fork = Model { sectors, buried, now: model.now, under_way: BTreeSet::new() };
         let read = fork.begin(0, 1, None);
         assert!(fork.end_read(read, &stamped(word)).is_ok(), "trimmed or not");
     }
