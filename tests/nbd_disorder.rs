@@ -183,10 +183,9 @@ fn disorder(format: &str, image: &Path, seed: u64, rounds: usize, until: Option<
             daemon.export("disk", true);
         }
         let mut model = model.lock().unwrap();
-        if violent && format == "qcow2" {
-            model.crash()
-        } else {
-            model.settle()
+        match violent && format == "qcow2" {
+            true => model.crash(),
+            false => model.settle(),
         }
         drop(model);
         round += 1;

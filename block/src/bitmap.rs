@@ -262,7 +262,8 @@ impl Bitmap {
         }
     }
 
-    fn set_enabled(&self, enabled: bool) {
+    /// Of one that belongs to no node yet.
+    pub(crate) fn set_enabled(&self, enabled: bool) {
         self.enabled.store(enabled, Ordering::Relaxed);
     }
 
@@ -375,6 +376,11 @@ impl Bitmaps {
     /// Adds a bitmap, whose name is new.
     pub fn add(&self, bitmap: Arc<Bitmap>) {
         self.change(|list| list.push(bitmap));
+    }
+
+    /// Adds bitmaps whose names are new.
+    pub fn add_all(&self, bitmaps: Vec<Arc<Bitmap>>) {
+        self.change(|list| list.extend(bitmaps));
     }
 
     /// Takes a bitmap out; it marks nothing from then on.

@@ -218,7 +218,9 @@ pub fn image_check(data: &[u8]) {
     let check = |repair| block::check(&file, "qcow2", repair, &mut |_| ());
     let Ok(before) = check(Repair::Nothing) else { return };
     let Ok(repaired) = check(Repair::All) else { return };
-    assert!(repaired.corruptions <= before.corruptions + before.leaks, "{before:?} {repaired:?}");
+    // A count that was put right may leave a flag that does not fit, in a table that cannot be changed.
+    let allowed = before.corruptions + before.leaks + repaired.corruptions_fixed;
+    assert!(repaired.corruptions <= allowed, "{before:?} {repaired:?}");
     let after = check(Repair::Nothing).unwrap();
     if repaired.corruptions + repaired.leaks + repaired.check_errors == 0 {
         assert_eq!((after.corruptions, after.leaks), (0, 0), "{before:?} {repaired:?}");

@@ -27,6 +27,9 @@ const ALL_ONES: u64 = 1 << 0;
 /// Most bytes of memory for the bitmaps of an image.
 const MOST_MEMORY: u64 = 512 << 20;
 
+/// Most clusters of all bitmaps together: as many of 512 bytes as that memory holds.
+const MOST_CLUSTERS: u64 = MOST_MEMORY / 512;
+
 /// What of the bitmaps stands on disk.
 #[derive(Debug, Default)]
 pub struct Stored {
@@ -44,16 +47,18 @@ impl Qcow2 {
     pub fn load_bitmaps(&self, header: &Header) -> Result<()> {
         let stored = self.read_directory(header)?;
         let mut memory = 0;
+        let mut found = Vec::new();
         for entry in &stored.entries {
             let bitmap = if entry.flags & IN_USE != 0 {
                 Bitmap::lost(&entry.name, entry.granularity_bits)
             } else {
                 self.load_bitmap(entry, &mut memory)?
             };
-            let bitmap = Arc::new(bitmap);
-            self.bitmaps.add(Arc::clone(&bitmap));
-            self.bitmaps.set_enabled(&bitmap, entry.flags & (AUTO | IN_USE) == AUTO);
+            bitmap.set_enabled(entry.flags & (AUTO | IN_USE) == AUTO);
+            found.push(Arc::new(bitmap));
         }
+        // All at once: there may be many.
+        self.bitmaps.add_all(found);
         self.meta().bitmaps = stored;
         Ok(())
     }
@@ -76,6 +81,10 @@ impl Qcow2 {
         let read = self.file.read(&mut bytes, found.offset, Wait::Allowed);
         read.map_err(|e| Error::io("read the bitmap directory", e))?;
         let entries = directory::parse(&bytes, found.bitmaps, self.rules, header.size)?;
+        // Tables may share their place, so the length of the file says nothing.
+        if entries.iter().map(|entry| u64::from(entry.entries)).sum::<u64>() > MOST_CLUSTERS {
+            return Err(Error::unsupported(format!("the image's bitmaps take more than {MOST_CLUSTERS} clusters")));
+        }
         Ok(Stored { directory: Some(found), entries, in_use: false })
     }
 
@@ -100,13 +109,13 @@ impl Qcow2 {
                 (_, 1) => return Err(unsound()),
                 (place, _) => self.file.read_or_zero(&mut bytes, place, Wait::Allowed).map_err(failed)?,
             }
-            *memory += bytes.len() as u64;
-            if *memory > MOST_MEMORY {
-                return Err(Error::unsupported(format!(
-                    "the image's bitmaps take more than {MOST_MEMORY} bytes of memory"
-                )));
-            }
             bitmap.load(at, &bytes);
+        }
+        *memory += bitmap.memory();
+        if *memory > MOST_MEMORY {
+            return Err(Error::unsupported(format!(
+                "the image's bitmaps take more than {MOST_MEMORY} bytes of memory"
+            )));
         }
         bitmap.set_persistent(true);
         Ok(bitmap)

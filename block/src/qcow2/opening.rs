@@ -13,7 +13,7 @@ use super::header::{self, Header};
 use super::inflate::Inflated;
 use super::l1::L1;
 use super::meta::Meta;
-use super::places::{Places, Structure};
+use super::places::{Found, Places, Structure};
 use super::refcounts::{MAX_OFFSET, Refcounts};
 use super::slices::Slices;
 use super::snapshot_table;
@@ -210,10 +210,12 @@ impl Qcow2 {
     fn metadata(&self, header: &Header, counts: &Refcounts, bitmaps: &[Range<u64>]) -> Result<Places> {
         let size = self.rules.cluster_size();
         let bits = self.rules.cluster_bits;
-        let mut runs = vec![(0..1, Structure::Header)];
+        let tables = || self.l1.tables(usize::MAX).filter(|(_, entry)| entry.offset().is_multiple_of(size));
+        let mut found = Found::with_room_for(tables().count() + counts.table.len());
         let mut take = |kind: Structure, offset: u64, bytes: u64| {
-            runs.push((offset >> bits..(offset + bytes).div_ceil(size), kind));
+            found.add(offset >> bits..(offset + bytes).div_ceil(size), kind);
         };
+        take(Structure::Header, 0, 1);
         let table_bytes = u64::from(header.refcount_table_clusters) * size;
         take(Structure::RefcountTable, header.refcount_table_offset, table_bytes);
         take(Structure::L1Table, header.l1_offset, u64::from(header.l1_room) * 8);
@@ -227,13 +229,11 @@ impl Qcow2 {
         for &block in counts.table.iter().filter(in_range) {
             take(Structure::RefcountBlock, block, size);
         }
-        for (_, entry) in self.l1.tables(usize::MAX) {
-            if entry.offset().is_multiple_of(size) {
-                take(Structure::L2Table, entry.offset(), size);
-            }
+        for (_, entry) in tables() {
+            take(Structure::L2Table, entry.offset(), size);
         }
         self.snapshot_tables(header, &mut take)?;
-        Places::new(runs).map_err(|(cluster, kind)| {
+        Places::new(found).map_err(|(cluster, kind)| {
             let (what, offset) = (kind.name(), cluster << bits);
             Error::corrupt(format!(
                 "the image is damaged: its {what} at offset {offset:#x} overlaps other metadata; it can be read only"

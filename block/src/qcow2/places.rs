@@ -57,38 +57,92 @@ impl Structure {
     }
 }
 
-/// Runs of cluster numbers: the end and the kind by the start.
+/// In the order of their numbers.
+const ALL: [Structure; 10] = [
+    Structure::Header,
+    Structure::RefcountTable,
+    Structure::RefcountBlock,
+    Structure::L1Table,
+    Structure::L2Table,
+    Structure::SnapshotTable,
+    Structure::SnapshotL1Table,
+    Structure::SnapshotL2Table,
+    Structure::Bitmap,
+    Structure::LuksHeader,
+];
+
+/// One past the last cluster of a run, and its kind, in one word: an image may have millions of runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Run(u64);
+
+impl Run {
+    /// `end` is below 2^56: it numbers clusters.
+    fn new(end: u64, kind: Structure) -> Run {
+        Run(end << 8 | ALL.iter().position(|&other| other == kind).unwrap_or(0) as u64)
+    }
+
+    fn end(self) -> u64 {
+        self.0 >> 8
+    }
+
+    fn kind(self) -> Structure {
+        ALL.get(usize::from(self.0.to_le_bytes()[0])).copied().unwrap_or(Structure::Header)
+    }
+}
+
+/// Runs of clusters that are yet to be put in order.
 #[derive(Debug, Default)]
-pub struct Places(BTreeMap<u64, (u64, Structure)>);
+pub struct Found(Vec<(u64, Run)>);
+
+impl Found {
+    /// Room for `runs` of them.
+    pub fn with_room_for(runs: usize) -> Found {
+        Found(Vec::with_capacity(runs))
+    }
+
+    /// A structure of `kind` stands in `clusters`, with numbers below 2^56.
+    pub fn add(&mut self, clusters: Range<u64>, kind: Structure) {
+        if !clusters.is_empty() {
+            self.0.push((clusters.start, Run::new(clusters.end, kind)));
+        }
+    }
+}
+
+/// Runs of cluster numbers by their start.
+#[derive(Debug, Default)]
+pub struct Places(BTreeMap<u64, Run>);
 
 impl Places {
-    /// All of `runs`.
+    /// All that was found.
     ///
     /// # Errors
     /// The first cluster where two stand that must not, and the kind of the second.
-    pub fn new(mut runs: Vec<(Range<u64>, Structure)>) -> Result<Places, (u64, Structure)> {
-        runs.retain(|(clusters, _)| !clusters.is_empty());
-        runs.sort_unstable_by_key(|(clusters, kind)| (clusters.start, *kind, clusters.end));
-        let mut merged: Vec<(u64, (u64, Structure))> = Vec::new();
-        for (clusters, kind) in runs {
-            let Range { mut start, end } = clusters;
-            if let Some((_, (last, before))) = merged.last_mut() {
-                if start < *last {
-                    if !kind.shares_with(*before) {
-                        return Err((start, kind));
+    pub fn new(found: Found) -> Result<Places, (u64, Structure)> {
+        let mut runs = found.0;
+        runs.sort_unstable_by_key(|&(start, run)| (start, run.kind(), run.end()));
+        // In place: nothing is as large as this list.
+        let mut kept: usize = 0;
+        for index in 0..runs.len() {
+            let (mut start, run) = runs[index];
+            if let Some((_, last)) = kept.checked_sub(1).and_then(|last| runs.get_mut(last)) {
+                if start < last.end() {
+                    if !run.kind().shares_with(last.kind()) {
+                        return Err((start, run.kind()));
                     }
-                    start = *last;
+                    start = last.end();
                 }
-                if start == *last && (kind == *before) {
-                    *last = end.max(*last);
+                if start == last.end() && run.kind() == last.kind() {
+                    *last = Run::new(run.end().max(start), run.kind());
                     continue;
                 }
             }
-            if start < end {
-                merged.push((start, (end, kind)));
+            if start < run.end() {
+                runs[kept] = (start, run);
+                kept += 1;
             }
         }
-        Ok(Places(merged.into_iter().collect()))
+        runs.truncate(kept);
+        Ok(Places(runs.into_iter().collect()))
     }
 
     /// What stands in a cluster.
@@ -101,10 +155,10 @@ impl Places {
         if clusters.is_empty() {
             return None;
         }
-        let covering = self.0.range(..=clusters.start).next_back().filter(|(_, (end, _))| *end > clusters.start);
+        let covering = self.0.range(..=clusters.start).next_back().filter(|(_, run)| run.end() > clusters.start);
         match covering {
-            Some((_, (_, kind))) => Some((clusters.start, *kind)),
-            None => self.0.range(clusters).next().map(|(&start, &(_, kind))| (start, kind)),
+            Some((_, run)) => Some((clusters.start, run.kind())),
+            None => self.0.range(clusters).next().map(|(&start, run)| (start, run.kind())),
         }
     }
 
@@ -123,33 +177,33 @@ impl Places {
             return;
         }
         let Range { start, mut end } = clusters;
-        if let Some((&next, &(next_end, next_kind))) = self.0.range(end..).next()
+        if let Some((&next, &run)) = self.0.range(end..).next()
             && next == end
-            && next_kind == kind
+            && run.kind() == kind
         {
             self.0.remove(&next);
-            end = next_end;
+            end = run.end();
         }
         match self.0.range_mut(..start).next_back() {
-            Some((_, (last, before))) if *last == start && *before == kind => *last = end,
+            Some((_, last)) if last.end() == start && last.kind() == kind => *last = Run::new(end, kind),
             _ => {
-                self.0.insert(start, (end, kind));
+                self.0.insert(start, Run::new(end, kind));
             }
         }
     }
 
     /// Nothing stands in `cluster` any more.
     pub fn remove(&mut self, cluster: u64) {
-        let Some((&start, &(end, kind))) = self.0.range(..=cluster).next_back() else { return };
-        if end <= cluster {
+        let Some((&start, &run)) = self.0.range(..=cluster).next_back() else { return };
+        if run.end() <= cluster {
             return;
         }
         self.0.remove(&start);
         if start < cluster {
-            self.0.insert(start, (cluster, kind));
+            self.0.insert(start, Run::new(cluster, run.kind()));
         }
-        if cluster + 1 < end {
-            self.0.insert(cluster + 1, (end, kind));
+        if cluster + 1 < run.end() {
+            self.0.insert(cluster + 1, run);
         }
     }
 }
@@ -159,9 +213,23 @@ impl Places {
 mod tests {
     use super::*;
 
+    fn found(runs: &[(Range<u64>, Structure)]) -> Result<Places, (u64, Structure)> {
+        let mut found = Found::default();
+        runs.iter().for_each(|(clusters, kind)| found.add(clusters.clone(), *kind));
+        Places::new(found)
+    }
+
+    #[test]
+    fn every_kind_comes_out_of_a_run_as_it_went_in() {
+        for kind in ALL {
+            let run = Run::new((1 << 55) + 3, kind);
+            assert_eq!((run.end(), run.kind()), ((1 << 55) + 3, kind));
+        }
+    }
+
     #[test]
     fn runs_grow_together_and_come_apart() {
-        let mut places = Places::new(vec![(4..6, Structure::L2Table), (0..1, Structure::Header)]).unwrap();
+        let mut places = found(&[(4..6, Structure::L2Table), (0..1, Structure::Header)]).unwrap();
         places.add(7..8, Structure::L2Table);
         places.add(6..7, Structure::L2Table);
         assert_eq!(places.0.len(), 2);
@@ -177,12 +245,12 @@ mod tests {
 
     #[test]
     fn only_tables_of_snapshots_may_stand_where_others_of_their_kind_do() {
-        let both = |one, other| Places::new(vec![(3..5, one), (4..6, other)]);
+        let both = |one, other| found(&[(3..5, one), (4..6, other)]);
         assert!(both(Structure::L2Table, Structure::L2Table).is_err());
         assert_eq!(both(Structure::L1Table, Structure::SnapshotL1Table).unwrap_err(), (4, Structure::SnapshotL1Table));
-        let places = both(Structure::SnapshotL1Table, Structure::SnapshotL1Table).unwrap();
-        assert!(places.at(3) == places.at(5) && places.at(5).is_some() && !places.lets_go(5, None));
-        let places = Places::new(vec![(3..4, Structure::SnapshotL2Table), (3..4, Structure::L2Table)]).unwrap();
+        let shared = both(Structure::SnapshotL1Table, Structure::SnapshotL1Table).unwrap();
+        assert!(shared.at(3) == shared.at(5) && shared.at(5).is_some() && !shared.lets_go(5, None));
+        let places = found(&[(3..4, Structure::SnapshotL2Table), (3..4, Structure::L2Table)]).unwrap();
         assert_eq!(places.at(3), Some(Structure::L2Table));
         assert!(places.lets_go(3, Some(Structure::SnapshotL2Table)) && !places.lets_go(3, Some(Structure::L1Table)));
     }
