@@ -224,15 +224,8 @@ impl Model {
 
     /// Opens the image as it stands in its files, as after a kill -9: nobody brings anything to disk.
     fn crash(&mut self) {
-        let copy = |file: &File| {
-            let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
-            file.read_exact_at(&mut bytes, 0).unwrap();
-            let copy = memory();
-            copy.write_all_at(&bytes, 0).unwrap();
-            copy
-        };
-        self.image = copy(&self.image);
-        self.data = self.data.as_ref().map(copy);
+        self.image = copy_of(&self.image);
+        self.data = self.data.as_ref().map(copy_of);
         let file = self.nodes.file(&self.image, true);
         let mut found = Vec::new();
         let mut say = |finding: &str| found.push(finding.to_owned());
@@ -491,6 +484,15 @@ impl Model {
             assert!(kept[..len] == bytes[..len], "snapshot {id}");
         }
     }
+}
+
+/// Another file in memory with what `file` holds.
+fn copy_of(file: &File) -> File {
+    let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    let copy = memory();
+    copy.write_all_at(&bytes, 0).unwrap();
+    copy
 }
 
 fn operations() -> u64 {
