@@ -13,6 +13,10 @@ use sys::signal::{self, Signals};
 
 /// What is said when the file is whole.
 const WHOLE: &[u8] = b"whole\n";
+/// What is said when there is none after all.
+const NOTHING: &[u8] = b"nothing\n";
+/// What the process that waits says first: from now on no signal ends it.
+const READY: &[u8] = b"ready\n";
 
 /// A file under a temporary name, and the process that waits for it.
 pub struct Unpublished {
@@ -26,27 +30,44 @@ impl Unpublished {
         let name = path.file_name().with_context(|| format!("'{}' names no file", path.display()))?;
         let hidden = format!(".{}.{}.part", name.display(), std::process::id());
         let temporary = path.with_file_name(hidden);
+        let mut command = Command::new(Program::THIS);
+        command.arg("publish").args([&temporary, &path]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let waiting = command.spawn().context("could not start the process that publishes the file")?;
+        let mut unpublished = Unpublished { waiting };
+        // Not before somebody is there who removes it, whenever this process is ended.
+        unpublished.hear(READY)?;
         let file = File::options().read(true).write(true).create_new(true).open(&temporary);
-        let file = file.with_context(|| format!("could not create '{}'", temporary.display()))?;
+        let file = match file {
+            Ok(file) => file,
+            Err(e) => {
+                unpublished.say(NOTHING)?;
+                return Err(e).with_context(|| format!("could not create '{}'", temporary.display()));
+            }
+        };
         if let Ok(before) = std::fs::metadata(&path) {
             file.set_permissions(before.permissions())?;
         }
-        let mut command = Command::new(Program::THIS);
-        command.arg("publish").args([&temporary, &path]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        match command.spawn() {
-            Ok(waiting) => Ok((Unpublished { waiting }, file)),
-            Err(e) => {
-                let _ = std::fs::remove_file(&temporary);
-                Err(e).context("could not start the process that publishes the file")
-            }
+        Ok((unpublished, file))
+    }
+
+    fn hear(&mut self, word: &[u8]) -> anyhow::Result<()> {
+        let mut heard = vec![0; word.len()];
+        let out = self.waiting.stdout.as_mut().context("nobody to hear")?;
+        out.read_exact(&mut heard).context("the process that publishes the file has gone")?;
+        if heard == word { Ok(()) } else { bail!("the process that publishes the file does not say that it is ready") }
+    }
+
+    /// The last word.
+    fn say(&mut self, word: &[u8]) -> anyhow::Result<()> {
+        match self.waiting.stdin.take() {
+            Some(mut ask) => ask.write_all(word).context("the process that publishes the file has gone"),
+            None => Ok(()),
         }
     }
 
     /// The file is whole. Returns when it has its name.
     pub fn publish(mut self) -> anyhow::Result<()> {
-        if let Some(mut ask) = self.waiting.stdin.take() {
-            ask.write_all(WHOLE).context("the process that publishes the file has gone")?;
-        }
+        self.say(WHOLE)?;
         let mut answer = String::new();
         if let Some(mut out) = self.waiting.stdout.take() {
             out.read_to_string(&mut answer)?;
@@ -59,10 +80,19 @@ impl Unpublished {
 pub fn finish(temporary: &Path, path: &PathBuf) -> anyhow::Result<()> {
     // Ctrl-C is for the other one, whose end is heard here.
     let _blocked = Signals::block(&[signal::INT, signal::TERM, signal::HUP])?;
+    let mut out = std::io::stdout();
+    out.write_all(READY).and_then(|()| out.flush())?;
     let mut said = Vec::new();
     std::io::stdin().read_to_end(&mut said)?;
+    if said == NOTHING {
+        return Ok(());
+    }
     if said != WHOLE {
-        return Ok(std::fs::remove_file(temporary)?);
+        return match std::fs::remove_file(temporary) {
+            // Its maker was ended before it made the file.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            removed => Ok(removed?),
+        };
     }
     let answer = match std::fs::rename(temporary, path) {
         Ok(()) => "published\n".to_owned(),
@@ -71,5 +101,5 @@ pub fn finish(temporary: &Path, path: &PathBuf) -> anyhow::Result<()> {
             format!("could not give '{}' its name: {e}\n", path.display())
         }
     };
-    Ok(std::io::stdout().write_all(answer.as_bytes())?)
+    Ok(out.write_all(answer.as_bytes())?)
 }
