@@ -191,7 +191,7 @@ fn disorder(format: &str, image: &Path, seed: u64, rounds: usize, until: Option<
         round += 1;
     }
     // In the end the file itself is what clients were told.
-    drop(daemon);
+    daemon.daemon.stop().unwrap();
     let mut model = model.into_inner().unwrap();
     let bytes = match format {
         "qcow2" => {
@@ -212,7 +212,7 @@ fn disorder(format: &str, image: &Path, seed: u64, rounds: usize, until: Option<
 /// Leaked clusters are all that a killed daemon may leave.
 fn assert_sound(image: &Path) {
     let checked = Command::new("qemu-img").args(["check", "-f", "qcow2", text(image)]).output().unwrap();
-    assert!(matches!(checked.status.code(), Some(0 | 3)), "{}", String::from_utf8_lossy(&checked.stdout));
+    assert!(matches!(checked.status.code(), Some(0 | 3)), "{checked:?}");
 }
 
 fn until() -> Option<Instant> {
