@@ -331,6 +331,78 @@ fn images_are_resized_and_amended_as_qemu_img_does() {
 }
 
 #[test]
+fn an_image_of_version_3_becomes_one_of_version_2_and_reads_the_same() {
+    if !judges("an_image_of_version_3_becomes_one_of_version_2_and_reads_the_same", &JUDGES) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let dir = scratch.path("");
+    run_in(&dir, &["create", "-q", "-f", "raw", "base.raw", "4M"]);
+    run("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4M", text(&dir.join("base.raw"))]);
+    for backed in [false, true] {
+        let mut create = vec!["create", "-q", "-f", "qcow2"];
+        if backed {
+            create.extend(["-b", "base.raw", "-F", "raw"]);
+        }
+        run_in(&dir, &[&create[..], &["image.qcow2", "4M"]].concat());
+        let image = dir.join("image.qcow2");
+        // Zeroes with a cluster of their own, with one that the snapshot shares, and with none; a table that is shared.
+        let before = ["write -P 5 0 1M", "write -z 256k 256k", "write -z 2M 512k"];
+        let after = ["write -z 0 128k", "write -P 6 1M 64k", "write -z 3M 128k"];
+        for (commands, snapshot) in [(&before, Some("first")), (&after, None)] {
+            for command in commands {
+                run("qemu-io", &["-f", "qcow2", "-c", command, text(&image)]);
+            }
+            if let Some(name) = snapshot {
+                run_in(&dir, &["snapshot", "-c", name, "image.qcow2"]);
+            }
+        }
+        run_in(&dir, &["convert", "-O", "raw", "image.qcow2", "now.raw"]);
+        run_in(&dir, &["convert", "-O", "raw", "-l", "first", "image.qcow2", "then.raw"]);
+        done(&dir, &["amend", "-o", "compat=0.10", "image.qcow2"]);
+        assert_eq!(std::fs::read(&image).unwrap()[..8], *b"QFI\xfb\0\0\0\x02");
+        assert!(run_in(&dir, &["check", "image.qcow2"]).contains("No errors"));
+        assert!(run_in(&dir, &["compare", "image.qcow2", "now.raw"]).contains("identical"));
+        run_in(&dir, &["convert", "-O", "raw", "-l", "first", "image.qcow2", "later.raw"]);
+        assert!(run_in(&dir, &["compare", "later.raw", "then.raw"]).contains("identical"));
+    }
+    for (options, why) in [
+        ("data_file=data.raw", "data file"),
+        ("refcount_bits=64", "refcount_bits=16"),
+        ("extended_l2=on", "Extended L2"),
+        ("compression_type=zstd", "incompatible features"),
+    ] {
+        run_in(&dir, &["create", "-q", "-f", "qcow2", "-o", options, "other.qcow2", "4M"]);
+        let refused = ours(&dir, &["amend", "-o", "compat=0.10", "other.qcow2"]);
+        assert!(refused.status.code() == Some(1) && err(&refused).contains(why), "{}", err(&refused));
+    }
+    run_in(&dir, &["create", "-q", "-f", "qcow2", "other.qcow2", "4M"]);
+    run_in(&dir, &["bitmap", "--add", "other.qcow2", "bits"]);
+    assert!(err(&ours(&dir, &["amend", "-o", "compat=0.10", "other.qcow2"])).contains("bitmap --remove"));
+}
+
+#[test]
+fn an_image_s_data_file_gets_another_name() {
+    if !judges("an_image_s_data_file_gets_another_name", &JUDGES) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let dir = scratch.path("");
+    let (data, moved) = (scratch.name("data.raw"), scratch.name("moved.raw"));
+    let options = format!("data_file={data},data_file_raw=on");
+    run_in(&dir, &["create", "-q", "-f", "qcow2", "-o", &options, "image.qcow2", "4M"]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 5 0 1M", text(&dir.join("image.qcow2"))]);
+    std::fs::rename(&data, &moved).unwrap();
+    done(&dir, &["amend", "-o", &format!("data_file={moved},data_file_raw=off"), "image.qcow2"]);
+    let facts = json(&run_in(&dir, &["info", "--output=json", "image.qcow2"]))["format-specific"]["data"].clone();
+    assert_eq!((facts["data-file"].as_str(), facts["data-file-raw"].as_bool()), (Some(&*moved), Some(false)));
+    run("qemu-io", &["-f", "qcow2", "-c", "read -P 5 0 1M", text(&dir.join("image.qcow2"))]);
+    assert!(err(&ours(&dir, &["amend", "-o", "data_file_raw=on", "image.qcow2"])).contains("existing images"));
+    run_in(&dir, &["create", "-q", "-f", "qcow2", "plain.qcow2", "4M"]);
+    assert!(err(&ours(&dir, &["amend", "-o", "data_file=x", "plain.qcow2"])).contains("external data file"));
+}
+
+#[test]
 fn a_check_repairs_and_says_so_in_its_exit_status() {
     if !judges("a_check_repairs_and_says_so_in_its_exit_status", &JUDGES) {
         return;

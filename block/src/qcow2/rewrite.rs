@@ -11,6 +11,7 @@ const LENGTH_3: usize = 112;
 /// Header extension types.
 pub const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 pub const EXT_DATA_FILE: u32 = 0x4441_5441;
+pub const EXT_BITMAPS: u32 = 0x2385_2875;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 
 /// Type (0 incompatible, 1 compatible, 2 autoclear), bit and name of every feature.
@@ -106,6 +107,11 @@ impl Parts {
         } else {
             self.extensions.retain(|(kind, _)| *kind != EXT_FEATURE_NAMES);
         }
+    }
+
+    /// Whether there is an extension of that type.
+    pub fn has_extension(&self, kind: u32) -> bool {
+        self.extensions.iter().any(|(other, _)| *other == kind)
     }
 
     /// Puts an extension in the place of the one of its type, or takes it out.

@@ -14,7 +14,7 @@ impl Check<'_> {
     pub(super) fn check_copied_flags(&mut self) -> Result<()> {
         let fixed = self.report.corruptions_fixed;
         self.l1_flags()?;
-        self.each_table(Check::l2_flags)?;
+        self.each_table(&mut Check::l2_flags)?;
         if self.report.corruptions_fixed > fixed { self.flush() } else { Ok(()) }
     }
 

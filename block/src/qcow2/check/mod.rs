@@ -23,6 +23,7 @@ mod counts;
 mod rebuild;
 mod tables;
 mod walk;
+mod zeroes;
 
 use std::io;
 use std::sync::Arc;
@@ -85,13 +86,7 @@ pub fn check(file: &Arc<BlockNode>, repair: Repair, say: Say<'_>) -> Result<Chec
 /// The image is damaged, or a cluster has more users than such a count can say; then nothing has changed. `Io`.
 pub fn change_refcount_width(file: &Arc<BlockNode>, order: u32) -> Result<()> {
     let mut ignored = |_: &str| {};
-    let mut check = Check::new(file, Repair::Nothing, &mut ignored)?;
-    check.walk()?;
-    check.compare()?;
-    check.check_copied_flags()?;
-    if check.report.corruptions + check.report.check_errors > 0 {
-        return Err(Error::invalid("the image is damaged; repair it first (check -r all)"));
-    }
+    let mut check = Check::sound(file, &mut ignored)?;
     let (bits, most) = (1u64 << order, u64::MAX >> (64 - (1u32 << order)));
     if let Some(cluster) = (0..check.counts.end()).find(|&cluster| check.counts.get(cluster) > most) {
         let (offset, count) = (cluster << check.rules.cluster_bits, check.counts.get(cluster));
@@ -100,6 +95,15 @@ pub fn change_refcount_width(file: &Arc<BlockNode>, order: u32) -> Result<()> {
         )));
     }
     check.rebuild_refcounts(order)
+}
+
+/// Stores zeroes in an image of version 3 as version 2 can: see [`zeroes`]. At any moment of a crash, it reads as before.
+///
+/// # Errors
+/// The image is damaged, or its file has no room for them. `Io`.
+pub fn spell_out_zeroes(file: &Arc<BlockNode>, is_backed: bool) -> Result<()> {
+    let mut ignored = |_: &str| {};
+    Check::sound(file, &mut ignored)?.spell_out_zeroes(is_backed)
 }
 
 /// Repairs an image that was not closed properly, so that it can be written; its header now.
@@ -125,6 +129,18 @@ pub fn make_clean(file: &Arc<BlockNode>, node_name: &str) -> Result<Header> {
 }
 
 impl<'a> Check<'a> {
+    /// One that has looked at everything and found no damage.
+    fn sound(file: &'a BlockNode, say: Say<'a>) -> Result<Check<'a>> {
+        let mut check = Check::new(file, Repair::Nothing, say)?;
+        check.walk()?;
+        check.compare()?;
+        check.check_copied_flags()?;
+        if check.report.corruptions + check.report.check_errors > 0 {
+            return Err(Error::invalid("the image is damaged; repair it first (check -r all)"));
+        }
+        Ok(check)
+    }
+
     fn new(file: &'a BlockNode, repair: Repair, say: Say<'a>) -> Result<Check<'a>> {
         let header = Header::read(file)?;
         let rules = Rules {

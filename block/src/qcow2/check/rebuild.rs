@@ -127,7 +127,7 @@ impl Check<'_> {
     }
 
     /// Counts the first free run of `clusters` clusters as used; the first of them.
-    fn give_out(&mut self, from: u64, clusters: u64) -> Result<u64> {
+    pub(super) fn give_out(&mut self, from: u64, clusters: u64) -> Result<u64> {
         let first = self.counts.free_row(from, clusters);
         let end = (first + clusters) << self.rules.cluster_bits;
         if !self.file.grows() && end > self.len {

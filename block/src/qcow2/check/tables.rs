@@ -73,7 +73,10 @@ impl Table<'_> {
 
 impl<'a> Check<'a> {
     /// Shows every table to `look`, and stores what that changes.
-    pub(super) fn each_table(&mut self, look: fn(&mut Check<'a>, &mut Table<'_>) -> Result<()>) -> Result<()> {
+    pub(super) fn each_table(
+        &mut self,
+        look: &mut dyn FnMut(&mut Check<'a>, &mut Table<'_>) -> Result<()>,
+    ) -> Result<()> {
         let size = self.rules.cluster_size();
         let tables = std::mem::take(&mut self.tables);
         let mut rest = tables.0.iter().peekable();
@@ -114,7 +117,7 @@ impl<'a> Check<'a> {
 
     /// Counts what every L2 table names.
     pub(super) fn l2_tables(&mut self) -> Result<()> {
-        self.each_table(Check::l2_table)?;
+        self.each_table(&mut Check::l2_table)?;
         // What was put right here is on disk before anything builds on it.
         if self.report.corruptions_fixed > 0 { self.flush() } else { Ok(()) }
     }
