@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Refcounts get another width: at any moment of a crash the image is sound and holds what it held.
+//! Refcounts get another width, or the image an older version: at any moment of a crash it is sound and holds what it held.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod support;
@@ -88,5 +88,56 @@ fn a_width_that_cannot_say_the_counts_is_refused() {
         let refused = block::amend(&file, "qcow2", &options).unwrap_err().to_string();
         assert!(refused.contains(why), "{bits}: {refused}");
         assert!(content.lock().unwrap().starts_with(&before), "{bits}: nothing has changed");
+    }
+}
+
+#[test]
+fn an_older_version_survives_a_crash_at_any_moment() {
+    if !judge("an_older_version_survives_a_crash_at_any_moment", "qemu-img") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let base = name_in(dir.path(), "base.raw").1;
+    std::fs::write(&base, [9; 1 << 18]).unwrap();
+    for backed in [true, false] {
+        let (_, path) = name_in(dir.path(), "image.qcow2");
+        let backing = ["-b", &base, "-F", "raw"];
+        let create = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k"];
+        run("qemu-img", &[&create[..], &backing[..if backed { 4 } else { 0 }], &[&path, "256k"]].concat());
+        run(
+            "qemu-io",
+            &["-f", "qcow2", "-c", "write -P 1 0 64k", "-c", "write -z 8k 16k", "-c", "write -z 128k 8k", &path],
+        );
+        run("qemu-img", &["snapshot", "-c", "one", &path]);
+        run(
+            "qemu-io",
+            &["-f", "qcow2", "-c", "write -P 2 12k 4k", "-c", "write -z 32k 8k", "-c", "write -z 200k 4k", &path],
+        );
+        let before = std::fs::read(&path).unwrap();
+        let of_snapshot = |image: &str| {
+            let raw = name_in(dir.path(), "snapshot.raw").1;
+            run("qemu-img", &["convert", "-l", "one", "-O", "raw", image, &raw]);
+            std::fs::read(raw).unwrap()
+        };
+        let then = of_snapshot(&path);
+        let journal = Journal::new();
+        let (file, content) = recorded(&journal, 0, before.clone());
+        block::amend(&file, "qcow2", &Options::from([("compat", OptionValue::Str("0.10".into()))])).unwrap();
+        assert_eq!(content.lock().unwrap()[7], 2);
+        let (start, state) = ([before], name_in(dir.path(), "state.qcow2").1);
+        let (mut states, mut versions) = (0, [0; 4]);
+        moments(&start, &journal.events(), |moment| {
+            moment.states(&mut random, 2, 4, |files, how| {
+                let bytes = files.into_iter().next().unwrap();
+                versions[usize::from(bytes[7])] += 1;
+                std::fs::write(&state, &bytes).unwrap();
+                sound(bytes).unwrap_or_else(|e| panic!("event {}, {how}: {e}", moment.at));
+                run("qemu-img", &["compare", &path, &state]);
+                assert!(of_snapshot(&state) == then, "event {}, {how}", moment.at);
+                states += 1;
+            });
+        });
+        assert!(versions[2] > 0 && versions[3] > 5, "{states}: {versions:?}");
     }
 }
