@@ -19,3 +19,4 @@ demo:
 bench:
 	cargo bench --bench nbd
 	cargo bench --bench vhost_user
+	cargo bench --bench qcow2

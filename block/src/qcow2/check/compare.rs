@@ -2,7 +2,7 @@
 //! Refcounts as they are stored against what was counted; and in place, the way from the one to the other.
 
 use super::Check;
-use super::counts::{CHUNK, Ones};
+use super::counts::{CHUNK, LARGE, Ones};
 use crate::qcow2::refcounts::{count_at, set_count_at};
 use crate::{Repair, Result};
 
@@ -83,7 +83,15 @@ impl Check<'_> {
     fn compare_block(&mut self, first: u64, end: u64, bytes: &mut [u8], fix: Fix) -> bool {
         let order = self.header.refcount_order;
         let mut is_changed = false;
-        for cluster in first..end {
+        let mut cluster = first;
+        while cluster < end {
+            if order == 4 {
+                cluster +=
+                    self.same_in_row(cluster, end, &bytes[usize::try_from((cluster - first) * 2).unwrap_or(0)..]);
+                if cluster == end {
+                    break;
+                }
+            }
             let at = cluster - first;
             let mut stored = count_at(bytes, at, order);
             let counted = self.counts.get(cluster);
@@ -102,8 +110,25 @@ impl Check<'_> {
             if stored > 0 || counted > 0 {
                 self.reaches(cluster);
             }
+            cluster += 1;
         }
         is_changed
+    }
+
+    /// How many clusters from `cluster` on are stored as they were counted, with 16 bits to a count; what [`Check::compare_block`]
+    /// would note of them is noted. Fewer than there are at the end of a chunk of counts.
+    fn same_in_row(&mut self, cluster: u64, end: u64, stored: &[u8]) -> u64 {
+        let Some(counted) = self.counts.small(cluster) else { return 0 };
+        let (stored, _) = stored.as_chunks::<2>();
+        let most = usize::try_from(end - cluster).unwrap_or(usize::MAX);
+        let pairs = stored.iter().map(|count| u16::from_be_bytes(*count)).zip(counted).take(most);
+        let same = pairs.take_while(|(stored, counted)| stored == *counted && *stored != LARGE).count();
+        let counted = &counted[..same];
+        self.ones.set_where_one(cluster, counted);
+        if let Some(last) = counted.iter().rposition(|count| *count > 0) {
+            self.reaches(cluster + last as u64);
+        }
+        same as u64
     }
 
     /// Clusters without a refcount block.

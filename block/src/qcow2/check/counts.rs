@@ -12,7 +12,7 @@ const MOST_CHUNKS: usize = (1 << 30) / (2 << 14);
 /// Most clusters of a file: 1 PiB in clusters of 64 KiB.
 const MOST_CLUSTERS: u64 = 1 << 34;
 /// The count is in [`Counts::large`].
-const LARGE: u16 = u16::MAX;
+pub const LARGE: u16 = u16::MAX;
 
 /// Counts by cluster number.
 pub struct Counts {
@@ -48,6 +48,13 @@ impl Counts {
             LARGE => self.large.get(&cluster).copied().unwrap_or(0),
             count => count.into(),
         }
+    }
+
+    /// The counts from that of `cluster` to the end of its chunk, [`LARGE`] where there is a larger one; `None` if nothing was
+    /// counted in it.
+    pub fn small(&self, cluster: u64) -> Option<&[u16]> {
+        let chunk = self.chunks.get(index(cluster / CHUNK))?.as_ref()?;
+        Some(&chunk[index(cluster % CHUNK)..])
     }
 
     /// Whether nothing was counted in the chunk of `cluster`.
@@ -135,12 +142,24 @@ pub struct Ones(Vec<Option<Box<[u64]>>>);
 
 impl Ones {
     pub fn set(&mut self, cluster: u64) {
+        self.words(cluster)[index(cluster % CHUNK / 64)] |= 1 << (cluster % 64);
+    }
+
+    /// Sets those of `counts`, which begin at `cluster` and end in its chunk, that are one.
+    pub fn set_where_one(&mut self, cluster: u64, counts: &[u16]) {
+        let words = self.words(cluster);
+        for (at, count) in (cluster % CHUNK..).zip(counts) {
+            words[index(at / 64)] |= u64::from(*count == 1) << (at % 64);
+        }
+    }
+
+    /// The words of the chunk of `cluster`.
+    fn words(&mut self, cluster: u64) -> &mut [u64] {
         let at = index(cluster / CHUNK);
         if at >= self.0.len() {
             self.0.resize_with(at + 1, || None);
         }
-        let words = self.0[at].get_or_insert_with(|| vec![0; index(CHUNK / 64)].into());
-        words[index(cluster % CHUNK / 64)] |= 1 << (cluster % 64);
+        self.0[at].get_or_insert_with(|| vec![0; index(CHUNK / 64)].into())
     }
 
     pub fn contains(&self, cluster: u64) -> bool {
