@@ -41,8 +41,13 @@ impl Counts {
         Ok(Counts { chunks, large: HashMap::new(), made: 0, most })
     }
 
-    /// How often `cluster` was counted.
+    /// How often `cluster` was counted, as far as the image can store that.
     pub fn get(&self, cluster: u64) -> u64 {
+        self.all(cluster).min(self.most)
+    }
+
+    /// How often `cluster` was counted.
+    pub fn all(&self, cluster: u64) -> u64 {
         let Some(Some(chunk)) = self.chunks.get(index(cluster / CHUNK)) else { return 0 };
         match chunk[index(cluster % CHUNK)] {
             LARGE => self.large.get(&cluster).copied().unwrap_or(0),
@@ -62,7 +67,7 @@ impl Counts {
         self.chunks.get(index(cluster / CHUNK)).is_none_or(Option::is_none)
     }
 
-    /// Counts `cluster` `times` more often. How many of these were too many to be stored, and do not count.
+    /// Counts `cluster` `times` more often. How many of these were too many to be stored.
     ///
     /// # Errors
     /// `Unsupported` if counting takes too much memory.
@@ -87,14 +92,14 @@ impl Counts {
             return Ok(0);
         }
         let before = if *count == LARGE { self.large.get(&cluster).copied().unwrap_or(0) } else { (*count).into() };
-        let after = before.saturating_add(times).min(self.most);
+        let after = before.saturating_add(times);
         self.put(cluster, after);
-        Ok(times - (after - before))
+        Ok(times - (after.min(self.most) - before.min(self.most)))
     }
 
     /// Counts `cluster` once less.
     pub fn take(&mut self, cluster: u64) {
-        let count = self.get(cluster);
+        let count = self.all(cluster);
         if count > 0 {
             self.put(cluster, count - 1);
         }
@@ -178,13 +183,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_stop_at_what_the_image_can_store() {
+    fn what_the_image_cannot_store_is_told_and_remembered() {
         let mut counts = Counts::new(10, 3).unwrap();
         assert_eq!(counts.add(4, 2).unwrap(), 0);
         assert_eq!(counts.add(4, 2).unwrap(), 1);
         assert_eq!(counts.add(4, 1).unwrap(), 1);
         counts.take(4);
-        assert_eq!((counts.get(4), counts.get(5)), (2, 0));
+        assert_eq!((counts.get(4), counts.all(4), counts.get(5)), (3, 4, 0));
     }
 
     #[test]

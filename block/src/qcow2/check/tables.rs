@@ -112,7 +112,7 @@ impl<'a> Check<'a> {
 
     /// Whether the cluster at `offset` holds a table that is named `times` times, and nothing else, as far as was counted.
     pub(super) fn is_alone(&self, offset: u64, times: u64) -> bool {
-        offset.is_multiple_of(self.rules.cluster_size()) && self.counts.get(offset >> self.rules.cluster_bits) == times
+        offset.is_multiple_of(self.rules.cluster_size()) && self.counts.all(offset >> self.rules.cluster_bits) == times
     }
 
     /// Counts what every L2 table names.

@@ -80,7 +80,7 @@ impl Check<'_> {
             return None;
         }
         let place = word & OFFSET;
-        Some(if place != 0 && self.counts.get(place >> self.rules.cluster_bits) == table.uses.all {
+        Some(if place != 0 && self.counts.all(place >> self.rules.cluster_bits) == table.uses.all {
             Fate::Keeps(place)
         } else if is_backed {
             Fate::Moves
