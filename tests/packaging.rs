@@ -3,42 +3,15 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod harness;
+#[path = "harness/policy.rs"]
+mod policy;
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::Command;
 
 use harness::{Scratch, judges};
-
-fn packaging(file: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging").join(file)
-}
-
-/// A root directory with Debian's tools of AppArmor and SELinux and its default policy, unpacked by `tools/install-judges`.
-fn tools(test: &str) -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/judges/policy");
-    if root.join("usr/share/selinux/default/base.pp.bz2").is_file() {
-        return Some(root);
-    }
-    assert!(std::env::var_os("CI").is_none(), "{test} needs Debian's policy tools, and CI must have them");
-    eprintln!("skipped: {test}: needs Debian's policy tools (make judges)");
-    None
-}
-
-fn tool(root: &Path, program: &str) -> Command {
-    let mut command = Command::new(root.join(program));
-    let libraries =
-        ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|lib| root.join(lib).display().to_string());
-    command.env("LD_LIBRARY_PATH", libraries.join(":"));
-    command
-}
-
-fn succeeds(command: &mut Command) -> Output {
-    let output = command.output().unwrap();
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{command:?}: {said}");
-    output
-}
+use policy::{Modules, packaging, tool, tools};
 
 #[test]
 fn apparmor_parses_the_profile_and_not_a_broken_one() {
@@ -87,43 +60,15 @@ fn the_selinux_module_links_with_the_default_policy_and_a_weaker_one_does_not() 
         return;
     }
     let scratch = Scratch::new();
-    let mut modules = Vec::new();
-    for entry in fs::read_dir(root.join("usr/share/selinux/default")).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_none_or(|extension| extension != "bz2") {
-            continue;
-        }
-        let module = scratch.path(path.file_stem().unwrap().to_str().unwrap());
-        fs::write(&module, succeeds(Command::new("bunzip2").arg("-kc").arg(&path)).stdout).unwrap();
-        if module.file_name().unwrap() != "base.pp" {
-            modules.push(module);
-        }
-    }
-    assert!(modules.len() > 300, "{} modules", modules.len());
+    let modules = Modules::unpack(&root, &scratch);
     let expand = |text: &str| {
-        fs::write(scratch.path("doorless.te"), text).unwrap();
-        let (module, package) = (scratch.path("doorless.mod"), scratch.path("doorless.pp"));
-        succeeds(
-            tool(&root, "usr/bin/checkmodule").args(["-M", "-m", "-o"]).arg(&module).arg(scratch.path("doorless.te")),
-        );
-        succeeds(
-            tool(&root, "usr/bin/semodule_package")
-                .arg("-o")
-                .arg(&package)
-                .arg("-m")
-                .arg(&module)
-                .arg("-f")
-                .arg(packaging("selinux/doorless.fc")),
-        );
-        let linked = scratch.path("all.pp");
-        let mut link = tool(&root, "usr/bin/semodule_link");
-        succeeds(link.arg("-o").arg(&linked).arg(scratch.path("base.pp")).args(&modules).arg(&package));
-        tool(&root, "usr/bin/semodule_expand").arg(linked).arg(scratch.path("policy")).output().unwrap()
+        let linked = modules.link(&[modules.package("doorless", text, Some(&packaging("selinux/doorless.fc")))]);
+        modules.expand(&linked, true)
     };
     let text = fs::read_to_string(packaging("selinux/doorless.te")).unwrap();
-    let expanded = expand(&text);
+    let (expanded, _) = expand(&text);
     assert!(expanded.status.success(), "{}", String::from_utf8_lossy(&expanded.stderr));
-    let weaker = expand(&format!("{text}\nallow doorless_t nfs_t:file open;\n"));
+    let (weaker, _) = expand(&format!("{text}\nallow doorless_t nfs_t:file open;\n"));
     let said = String::from_utf8_lossy(&weaker.stderr);
     assert!(!weaker.status.success() && said.contains("allow doorless_t nfs_t:file { open }"), "{said}");
 }

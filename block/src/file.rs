@@ -57,11 +57,18 @@ struct File {
 /// The name of the driver for what `fd` is: `host_device` for a block device, else `file`.
 ///
 /// # Errors
-/// `fstat` fails.
+/// `fstat` fails, or it is a null device: SELinux puts one in the place of what a new program may not use.
 pub fn host_driver(fd: impl AsFd) -> io::Result<&'static str> {
     let stat = rustix::fs::fstat(fd)?;
-    let device = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
-    Ok(if device { DEVICE_ENTRY.name } else { ENTRY.name })
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::BlockDevice => Ok(DEVICE_ENTRY.name),
+        FileType::CharacterDevice if stat.st_rdev == rustix::fs::makedev(1, 3) => Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "it did not arrive, a null device did: SELinux passes one in place of a file that this process may not use \
+             (look at the file's type and categories)",
+        )),
+        _ => Ok(ENTRY.name),
+    }
 }
 
 fn open(request: OpenRequest, wanted: FileType) -> Result<Box<dyn Driver>> {

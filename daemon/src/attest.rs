@@ -29,26 +29,28 @@ pub fn as_json(outcome: &Outcome, report: &Report) -> Value {
 #[derive(Debug)]
 pub struct Probe {
     program: CString,
-    descriptors: [(&'static str, OwnedFd); 3],
+    descriptors: Vec<(&'static str, OwnedFd)>,
 }
 
 impl Probe {
-    /// Opens the running program, a memory file and the root directory, each to read.
+    /// Opens the running program, a memory file and the root directory, each to read, but for what it may not even open now
+    /// (a policy of SELinux forbids it).
     ///
     /// # Errors
-    /// One of them cannot be opened, for example without /proc.
+    /// One of them cannot be opened for another reason, for example without /proc.
     pub fn prepare() -> io::Result<Probe> {
         let program = std::fs::read_link("/proc/self/exe")?;
         let memory = rustix::fs::memfd_create("doorless-attest", MemfdFlags::CLOEXEC)?;
-        let memory = File::open(format!("/proc/self/fd/{}", memory.as_raw_fd()))?;
-        Ok(Probe {
-            program: CString::new(program.into_os_string().into_encoded_bytes())?,
-            descriptors: [
-                ("its own program", File::open("/proc/self/exe")?.into()),
-                ("a memfd", memory.into()),
-                ("a directory", File::open("/")?.into()),
-            ],
-        })
+        let memory = format!("/proc/self/fd/{}", memory.as_raw_fd());
+        let mut descriptors = Vec::new();
+        for (called, path) in [("its own program", "/proc/self/exe"), ("a memfd", &memory), ("a directory", "/")] {
+            match File::open(path) {
+                Ok(file) => descriptors.push((called, file.into())),
+                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(Probe { program: CString::new(program.into_os_string().into_encoded_bytes())?, descriptors })
     }
 
     /// Tries every way out. Where `plan` can do without the filter, ways that are open are a warning.

@@ -16,6 +16,7 @@ use crate::harness::Scratch;
 
 const QEMU: &str = "qemu-system-x86_64";
 
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1";
 /// Drivers of the disk and its file system.
 const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "ext4"];
 /// A guest that has not powered off by then, or is silent for so long, hangs; emulated ones take about ten seconds.
@@ -50,11 +51,11 @@ impl Kernel {
     }
 
     /// The modules' files, each after those that it needs. What is built in has none.
-    fn modules_in_order(&self) -> Vec<PathBuf> {
+    pub fn modules_in_order(&self, modules: &[&str]) -> Vec<PathBuf> {
         let dependencies = fs::read_to_string(self.modules.join("modules.dep")).unwrap();
         let mut order = Vec::new();
         let mut seen = BTreeSet::new();
-        for module in MODULES {
+        for module in modules {
             let file = format!("/{module}.ko");
             let Some(line) = dependencies.lines().find(|line| line.split(':').next().unwrap().ends_with(&file)) else {
                 continue;
@@ -92,6 +93,17 @@ pub fn run_vhost_user(kernel: &Kernel, scratch: &Scratch, socket: &str, queues: 
     let memory = "memory-backend-memfd,id=ram,size=256M,share=on";
     let arguments = ["-object", memory, "-machine", "memory-backend=ram", "-smp", "2"];
     run_with(kernel, scratch, &[&arguments[..], &["-chardev", &chardev, "-device", &device]].concat(), script)
+}
+
+/// Boots with the disk as the root file system, and more on the kernel's command line; what its own `/init` printed.
+pub fn run_root(kernel: &Kernel, scratch: &Scratch, drive: &str, append: &str) -> String {
+    let enter = "mount -t ext4 /dev/vda /mnt\nfor it in dev proc; do mount --move /$it /mnt/$it; done\n\
+                 exec switch_root /mnt /init\n";
+    let initrd = pack(kernel, scratch, enter);
+    let append = format!("{COMMAND_LINE} {append}");
+    // Of options that come twice the last counts.
+    let disk = ["-drive", &format!("if=virtio,{drive}"), "-m", "512", "-append", &append];
+    run_initrd(kernel, scratch, &initrd, &disk)
 }
 
 /// A guest that runs until it is killed, and its serial console.
@@ -180,8 +192,7 @@ fn arguments(kernel: &Kernel, initrd: &Path, serial: &str) -> Vec<String> {
     .map(str::to_owned)
     .to_vec();
     let (image, initrd) = (kernel.image.to_str().unwrap(), initrd.to_str().unwrap());
-    let append = "console=ttyS0 quiet panic=-1";
-    for option in ["-kernel", image, "-initrd", initrd, "-append", append, "-serial", serial] {
+    for option in ["-kernel", image, "-initrd", initrd, "-append", COMMAND_LINE, "-serial", serial] {
         arguments.push(option.to_owned());
     }
     arguments
@@ -189,6 +200,13 @@ fn arguments(kernel: &Kernel, initrd: &Path, serial: &str) -> Vec<String> {
 
 /// Packs the initramfs that runs `script` and powers off.
 fn initrd(kernel: &Kernel, scratch: &Scratch, script: &str) -> PathBuf {
+    let script =
+        format!("mount -t sysfs sys /sys\necho BEGIN\n( set -e\n{script}\n) 2>&1\necho END $?\nsync\npoweroff -f\n");
+    pack(kernel, scratch, &script)
+}
+
+/// Packs the initramfs whose init loads the disk's drivers and goes on as told.
+fn pack(kernel: &Kernel, scratch: &Scratch, go_on: &str) -> PathBuf {
     let root = scratch.path("initramfs");
     let initrd = scratch.path("initrd");
     for directory in ["bin", "dev", "proc", "sys", "mnt", "modules"] {
@@ -197,15 +215,14 @@ fn initrd(kernel: &Kernel, scratch: &Scratch, script: &str) -> PathBuf {
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find(|path| Path::new(path).exists()).unwrap();
     fs::copy(busybox, root.join("bin/busybox")).unwrap();
     let mut insert = String::new();
-    for module in kernel.modules_in_order() {
+    for module in kernel.modules_in_order(&MODULES) {
         let name = module.file_name().unwrap().to_str().unwrap().to_owned();
         fs::copy(&module, root.join("modules").join(&name)).unwrap();
         insert.push_str(&format!("insmod /modules/{name}\n"));
     }
     let init = format!(
         "#!/bin/busybox sh\n/bin/busybox --install -s /bin\nexport PATH=/bin\n\
-         mount -t devtmpfs dev /dev\nmount -t proc proc /proc\nmount -t sysfs sys /sys\n{insert}\
-         echo BEGIN\n( set -e\n{script}\n) 2>&1\necho END $?\nsync\npoweroff -f\n"
+         mount -t devtmpfs dev /dev\nmount -t proc proc /proc\n{insert}{go_on}"
     );
     fs::write(root.join("init"), init).unwrap();
     fs::set_permissions(root.join("init"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
@@ -216,10 +233,14 @@ fn initrd(kernel: &Kernel, scratch: &Scratch, script: &str) -> PathBuf {
 
 fn run_with(kernel: &Kernel, scratch: &Scratch, disk: &[&str], script: &str) -> String {
     let initrd = initrd(kernel, scratch, script);
+    run_initrd(kernel, scratch, &initrd, disk)
+}
+
+fn run_initrd(kernel: &Kernel, scratch: &Scratch, initrd: &Path, disk: &[&str]) -> String {
     let serial = scratch.path("serial");
     let output = Command::new("timeout")
         .args([&HANG_SECONDS.to_string(), QEMU])
-        .args(arguments(kernel, &initrd, &format!("file:{}", serial.display())))
+        .args(arguments(kernel, initrd, &format!("file:{}", serial.display())))
         .args(disk)
         .stdin(Stdio::null())
         .output()
