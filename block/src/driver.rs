@@ -526,6 +526,15 @@ pub trait Driver: Send + Sync {
         self.flush()
     }
 
+    /// The same for another process that goes on with the same open files at once, and finds in the host's cache what is not on
+    /// disk: what is in memory alone is written, but nobody waits for the disk without need.
+    ///
+    /// # Errors
+    /// As [`Driver::close`].
+    fn hand_over(&self) -> io::Result<()> {
+        self.close()
+    }
+
     /// Whether the image may be written from now on. Called before the nodes below become writable, after they became
     /// read-only, and with no request under way that writes.
     ///

@@ -188,6 +188,10 @@ impl Driver for File {
         Ok(rustix::fs::fdatasync(self.fd.as_fd())?)
     }
 
+    fn hand_over(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn grows(&self) -> bool {
         self.regular
     }

@@ -71,6 +71,8 @@ pub struct Graph {
     next_age: u64,
     next_name: u32,
     alarm: Alarm,
+    /// Whether another process goes on with what is removed.
+    handing_over: bool,
 }
 
 impl Graph {
@@ -182,6 +184,12 @@ impl Graph {
         Ok(())
     }
 
+    /// Says whether another process goes on with the open files of nodes that are removed from now on; then nobody waits until
+    /// what they wrote is on disk.
+    pub fn hand_over(&mut self, handing_over: bool) {
+        self.handing_over = handing_over;
+    }
+
     /// The node called `name`.
     ///
     /// # Errors
@@ -250,8 +258,10 @@ impl Graph {
 
     fn forget(&mut self, name: &str) {
         if let Some(entry) = self.nodes.remove(name) {
+            let driver = entry.node.driver();
+            let end = || if self.handing_over { driver.hand_over() } else { driver.close() };
             if entry.node.writable()
-                && let Err(e) = entry.node.driver().close()
+                && let Err(e) = end()
             {
                 tracing::error!(node = name, "while it was closed: {e}");
             }

@@ -84,6 +84,10 @@ impl Driver for Raw {
         self.file.flush()
     }
 
+    fn hand_over(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn grows(&self) -> bool {
         self.size.is_none() && self.file.grows()
     }

@@ -175,9 +175,12 @@ pub fn histogram(title: &str, times: &[Duration]) -> String {
     const BOUNDS: [u64; 10] = [1, 2, 5, 10, 20, 50, 100, 200, 500, u64::MAX];
     let mut sorted = times.to_vec();
     sorted.sort();
-    let middle = sorted.get(sorted.len() / 2).copied().unwrap_or_default();
-    let most = sorted.last().copied().unwrap_or_default();
-    let mut text = format!("{title}: {} times, median {middle:.1?}, longest {most:.1?}\n", times.len());
+    let at = |tenths: usize| sorted.get((sorted.len() * tenths / 10).min(sorted.len().saturating_sub(1)));
+    let [least, middle, nine, most] = [0, 5, 9, 10].map(|tenths| at(tenths).copied().unwrap_or_default());
+    let mut text = format!(
+        "{title}: {} times, at least {least:.1?}, median {middle:.1?}, nine of ten within {nine:.1?}, longest {most:.1?}\n",
+        times.len()
+    );
     let mut below = 0;
     for bound in BOUNDS {
         let count = sorted.iter().filter(|time| time.as_micros() < u128::from(bound) * 1000).count();

@@ -53,9 +53,20 @@ impl Qcow2 {
         self.write_round()
     }
 
+    /// The same when nobody has written data since the last time: what is clean is left alone.
+    pub fn write_rest(&self) -> io::Result<()> {
+        let _order = self.writing_back.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.begin_round()?.map_or(Ok(()), |round| self.end_round(round))
+    }
+
     fn write_round(&self) -> io::Result<()> {
-        let round = self.begin_round()?;
-        let Some(round) = round else { return self.flush_data() };
+        match self.begin_round()? {
+            Some(round) => self.end_round(round),
+            None => self.flush_data(),
+        }
+    }
+
+    fn end_round(&self, round: Round) -> io::Result<()> {
         let outcome = self.write(&round);
         let mut meta = self.meta();
         meta.round = false;

@@ -199,10 +199,12 @@ impl Qcow2 {
         }
         self.write_back()?;
         drop(self.gate.close());
+        let bitmaps = self.meta().bitmaps.in_use;
         let stored = self.store_bitmaps();
         // Once for what became free, and once more if that was more than one round takes.
-        self.write_back()?;
-        self.write_back()?;
+        for _ in 0..2 {
+            if bitmaps { self.write_back()? } else { self.write_rest()? }
+        }
         stored
     }
 

@@ -57,7 +57,8 @@ pub fn commands() -> Vec<Command<Daemon>> {
             "nbd-server-move",
             "Stops the NBD server as `nbd-server-stop` does, but its clients are not hung up on: each is stopped between two \
              requests, with nothing under way, and its socket is sent on a passed socket, 253 at most with each byte. Clients that \
-             still negotiate after 100 ms, use TLS or do not stop in time are hung up on. Not in QEMU.",
+             still negotiate after 100 ms, use TLS or do not stop in time are hung up on. Until an NBD server is started again, nodes \
+             that are removed are not flushed, as if the clients' new daemon had the same open files. Not in QEMU.",
             [
                 Member::required("fd", Type::Str, "The name that `getfd` gave the connected stream socket."),
                 Member::optional("milliseconds", Type::Uint32, "How long clients may take to stop; default 5000."),
@@ -88,6 +89,7 @@ fn move_clients(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error>
     let socket = daemon.named_fds().take(&fd)?;
     let patience = Duration::from_millis(milliseconds.unwrap_or(5000).into());
     let moved = daemon.exports.move_nbd(patience)?;
+    daemon.graph.hand_over(true);
     daemon.reap_exports();
     for some in moved.chunks(MOST_FDS) {
         let fds: Vec<BorrowedFd<'_>> = some.iter().map(|client| client.socket.as_fd()).collect();

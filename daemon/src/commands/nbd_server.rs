@@ -180,6 +180,7 @@ fn start(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
         admission: if await_export { Admission::FirstExport } else { Admission::AtOnce },
     };
     daemon.exports.start_nbd(listener, limits, tls)?;
+    daemon.graph.hand_over(false);
     Ok(Value::Null)
 }
 
