@@ -217,7 +217,7 @@ fn independent(python: &Path, dir: &Path, format: &str, compressed: bool, what: 
     let output = Command::new(python).current_dir(dir).args(arguments).args(files).output().unwrap();
     assert!(output.status.success(), "{what}: {}", err(&output));
     let said = out(&output);
-    println!("{what}\n{said}");
+    eprintln!("{what}\n{said}");
     // libyal inflates some of qcow2's clusters wrongly, qemu-img's own, too.
     let lines = said.lines().filter(|line| !(compressed && format == "qcow2" && line.starts_with("libyal")));
     let lines: Vec<&str> = lines.collect();
