@@ -79,7 +79,7 @@ fn a_commit_brings_down_what_the_image_has() {
         ("compat=1.1", &["commit", "top.qcow2"][..]),
         ("compat=0.10", &["commit", "-q", "-f", "qcow2", "top.qcow2"]),
         ("extended_l2=on", &["commit", "-d", "top.qcow2"]),
-        ("cluster_size=4k", &["commit", "-b", "base.raw", "top.qcow2"]),
+        ("cluster_size=4k", &["commit", "-r", "100M", "-b", "base.raw", "top.qcow2"]),
     ] {
         let scratch = Scratch::new();
         let (ours, theirs) = chains(&scratch, options);
@@ -302,8 +302,7 @@ fn options_of_conversions_that_do_not_go_together_are_refused() {
     let dir = scratch.path("");
     std::fs::write(dir.join("a.raw"), [1; 4096]).unwrap();
     for (arguments, why) in [
-        (&["-r", "1M"][..], "-r"),
-        (&["-C"], "-C"),
+        (&["-C"][..], "-C"),
         (&["--target-is-zero"], "requires use of -n"),
         (&["--target-image-opts"], "requires use of -n"),
         (&["--skip-broken-bitmaps"], "requires --bitmaps"),

@@ -6,6 +6,7 @@ use block::{BlockNode, Preallocation, Wait, ZeroFlags};
 use confine::Requirement;
 
 use crate::disk::{Disk, Layer, Usage};
+use crate::pace::Pace;
 use crate::progress::Progress;
 use crate::source::failed;
 use crate::tool::{Error, Result, confine, say};
@@ -21,6 +22,8 @@ pub struct Request {
     pub lower: Vec<Layer>,
     /// Afterwards the top has nothing of its own any more.
     pub empties: bool,
+    /// Most bytes a second; 0 is any number.
+    pub rate: u64,
     /// Show how far it is.
     pub progress: bool,
     /// Say nothing but errors.
@@ -34,7 +37,7 @@ pub struct Request {
 /// # Errors
 /// An image cannot be opened, read, written or resized.
 pub fn run(request: Request) -> Result<u8> {
-    let Request { upper, lower, empties, progress, quiet, confinement } = request;
+    let Request { upper, lower, empties, rate, progress, quiet, confinement } = request;
     confine(confinement)?;
     // The two are opened apart: what the lower one is written must be nobody's backing file meanwhile.
     let upper = Disk::open(upper, Usage { writable: empties, force_share: false })?;
@@ -43,7 +46,7 @@ pub fn run(request: Request) -> Result<u8> {
     if lower.node.len() < len {
         lower.node.resize(len, Preallocation::Off)?;
     }
-    let progress = Progress::new(len, progress);
+    let (pace, progress) = (Pace::new(rate), Progress::new(len, progress));
     let mut buffer = Vec::new();
     let mut at = 0;
     while at < len {
@@ -53,6 +56,7 @@ pub fn run(request: Request) -> Result<u8> {
             (false, _) => {}
             (true, true) => zero(&lower.node, at, piece)?,
             (true, false) => {
+                pace.wait(piece);
                 buffer.resize(usize::try_from(piece).unwrap_or(0), 0);
                 upper.node.read(&mut buffer, at, Wait::Allowed).map_err(|e| failed("reading", at, &e))?;
                 lower.node.write(&buffer, at, false).map_err(|e| failed("writing", at, &e))?;

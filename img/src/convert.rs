@@ -7,11 +7,12 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use block::{BlockNode, CreateRequest, OptionValue, Options, ZeroFlags};
+use block::{BlockNode, CreateRequest, NewExtent, OptionValue, Options, ZeroFlags};
 
 use confine::Requirement;
 
 use crate::disk::{Disk, Layer, Named, Usage};
+use crate::pace::Pace;
 use crate::progress::Progress;
 use crate::source::{Kind, Manner, Source, failed};
 use crate::tool::{Error, Result, confine, printable, warn};
@@ -32,6 +33,8 @@ pub enum Target {
         options: Options,
         /// Where its data goes, if it is to have an external data file.
         data_file: Option<Named>,
+        /// The files of extents that the image will call so, as many as an image of the source's size has.
+        extents: Vec<(String, Named)>,
         /// What it is made over.
         backing: Vec<Layer>,
         /// The content id of its backing file.
@@ -66,6 +69,8 @@ pub struct Request {
     pub bitmaps: Option<bool>,
     /// Threads.
     pub threads: usize,
+    /// Most bytes a second; 0 is any number.
+    pub rate: u64,
     /// Show how far it is.
     pub progress: bool,
     /// Which layers of confinement must be had.
@@ -77,7 +82,9 @@ pub struct Request {
 /// # Errors
 /// An image cannot be opened, made, read or written.
 pub fn run(request: Request) -> Result<()> {
-    let Request { sources, manner, part, target, compress, sparse, bitmaps, threads, progress, confinement } = request;
+    let Request { sources, manner, part, target, compress, sparse, bitmaps, threads, rate, progress, confinement } =
+        request;
+    let pace = Pace::new(rate);
     confine(confinement)?;
     let mut source = Source::open(sources, manner)?;
     if let Some((skip, len)) = part {
@@ -86,38 +93,44 @@ pub fn run(request: Request) -> Result<()> {
     let len = source.len();
     let usage = Usage { writable: true, force_share: false };
     let (target, reads_zero) = match target {
-        Target::New { file, format, options, data_file, backing, parent_cid, is_zero } => {
+        Target::New { file, format, options, data_file, extents, backing, parent_cid, is_zero } => {
             let again = |named: &Named| {
                 let file = named.file.try_clone().map_err(output)?;
                 Ok::<_, Error>(Named { file, name: named.name.clone() })
             };
             let image = again(&file)?;
             let data_again = data_file.as_ref().map(again).transpose()?;
+            let extents_again = extents.iter().map(|(_, file)| again(file)).collect::<Result<Vec<_>>>()?;
             let secret = options.values().find_map(|value| match value {
                 OptionValue::Secret(secret) => Some(secret.clone()),
                 _ => None,
             });
             let made = Disk::file(file, usage)?;
             let data = data_file.map(|data| Disk::file(data, usage)).transpose()?;
+            let extents = extents.into_iter().map(|(name, file)| Ok((name, Disk::file(file, usage)?)));
+            let extents = extents.collect::<Result<Vec<_>>>()?;
             let request = CreateRequest {
                 file: made.node.clone(),
                 data_file: data.as_ref().map(|data| data.node.clone()),
-                extents: Vec::new(),
+                extents: extents
+                    .iter()
+                    .map(|(name, disk)| NewExtent { name: name.clone(), node: disk.node.clone() })
+                    .collect(),
                 parent_cid,
                 size: len.checked_next_multiple_of(512).unwrap_or(len),
                 options,
             };
             if let Some(stream) = block::stream(&format, &request)? {
-                stream::fill(&source, stream, threads, &Progress::new(len, progress))?;
+                stream::fill(&source, stream, threads, &pace, &Progress::new(len, progress))?;
                 return Ok(made.close()?);
             }
             block::create(&format, &request)?;
             drop(request);
             made.close()?;
-            data.map_or(Ok(()), Disk::close)?;
+            data.into_iter().chain(extents.into_iter().map(|(_, disk)| disk)).try_for_each(Disk::close)?;
             // What was never written to an encrypted volume reads as noise.
             let is_zero = is_zero && backing.is_empty() && format != "luks";
-            let top = Layer { image, format, data_file: data_again, extents: Vec::new(), secret };
+            let top = Layer { image, format, data_file: data_again, extents: extents_again, secret };
             (Disk::open(std::iter::once(top).chain(backing).collect(), usage)?, is_zero)
         }
         Target::Existing { layers, is_zero } => (Disk::open(layers, usage)?, is_zero),
@@ -143,6 +156,7 @@ pub fn run(request: Request) -> Result<()> {
         reads_zero,
         cursor: Mutex::default(),
         done: AtomicU64::new(0),
+        pace,
         progress: Progress::new(len, progress),
     };
     let failures = std::thread::scope(|scope| {
@@ -215,6 +229,7 @@ struct Copy<'a> {
     reads_zero: bool,
     cursor: Mutex<Cursor>,
     done: AtomicU64,
+    pace: Pace,
     progress: Progress,
 }
 
@@ -284,6 +299,7 @@ impl Copy<'_> {
     }
 
     fn copy(&self, at: u64, len: u64, buffer: &mut Vec<u8>) -> Result<()> {
+        self.pace.wait(len);
         buffer.resize(usize::try_from(len).unwrap_or(0), 0);
         self.source.read(buffer, at)?;
         if let Some(cluster) = self.cluster {

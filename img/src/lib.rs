@@ -16,6 +16,7 @@ pub mod inspect;
 pub mod map;
 pub mod measure;
 pub mod options;
+mod pace;
 mod progress;
 pub mod rebase;
 pub mod resize;

@@ -7,6 +7,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use block::Stream;
 
 use crate::convert::is_zero;
+use crate::pace::Pace;
 use crate::progress::Progress;
 use crate::source::{Kind, Source, failed};
 use crate::tool::{Error, Result};
@@ -18,13 +19,14 @@ const GRAINS: u64 = 16;
 ///
 /// # Errors
 /// The source cannot be read, or the file not written.
-pub fn fill(source: &Source, stream: Stream, threads: usize, progress: &Progress) -> Result<()> {
+pub fn fill(source: &Source, stream: Stream, threads: usize, pace: &Pace, progress: &Progress) -> Result<()> {
     let copy = Copy {
         source,
         len: source.len(),
         next: Mutex::new(0),
         appended: Mutex::new(Appended { stream, to: 0, failed: false }),
         turn: Condvar::new(),
+        pace,
         progress,
     };
     let results: Vec<Result<()>> = std::thread::scope(|scope| {
@@ -49,6 +51,7 @@ struct Copy<'a> {
     appended: Mutex<Appended>,
     /// Somebody's piece was appended, or failed.
     turn: Condvar,
+    pace: &'a Pace,
     progress: &'a Progress,
 }
 
@@ -94,6 +97,7 @@ impl Copy<'_> {
             if self.source.status(start, len)? == (Kind::Zero, len) {
                 continue;
             }
+            self.pace.wait(len);
             grain.resize(usize::try_from(len).unwrap_or(0), 0);
             self.source.read(&mut grain, start)?;
             if !is_zero(&grain) {

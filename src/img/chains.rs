@@ -11,7 +11,7 @@ use manager::chain::{Chain, Layer};
 use manager::opening::{Rights, open_named};
 
 use super::asked::Asked;
-use super::images::{CACHE_MODES, Cache, Common, directory, is_direct, layers, named};
+use super::images::{CACHE_MODES, Cache, Common, bytes, directory, is_direct, layers, named};
 
 #[derive(Args)]
 pub struct Commit {
@@ -31,9 +31,9 @@ pub struct Commit {
     /// Show how far it is; on a terminal that is so by default.
     #[arg(short, long)]
     progress: bool,
-    /// Not supported.
-    #[arg(short, long, value_name = "RATE")]
-    rate: Option<String>,
+    /// Most bytes a second.
+    #[arg(short, long, value_name = "RATE", value_parser = bytes, default_value = "0")]
+    rate: u64,
     image: PathBuf,
 }
 
@@ -73,7 +73,6 @@ fn shows_progress(wanted: bool, common: &Common) -> bool {
 
 pub fn commit(verb: Commit) -> anyhow::Result<u8> {
     let common = &verb.common;
-    ensure!(verb.rate.is_none(), "a rate limit (-r) is not supported by this version");
     let asked = common.asked(&verb.image, verb.format.as_deref())?.direct(verb.cache.is_direct());
     let empties = !verb.drop && verb.base.is_none();
     common.check_share(&asked, Rights::ReadWrite)?;
@@ -92,6 +91,7 @@ pub fn commit(verb: Commit) -> anyhow::Result<u8> {
         upper,
         lower,
         empties,
+        rate: verb.rate,
         progress: shows_progress(verb.progress, common),
         quiet: common.quiet,
         confinement: common.requirement(),

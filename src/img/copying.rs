@@ -12,7 +12,7 @@ use clap::Args;
 use manager::opening::Rights;
 
 use super::asked::Asked;
-use super::images::{CACHE_MODES, Cache, Common, bytes, is_direct};
+use super::images::{CACHE_MODES, Cache, Common, bytes, is_direct, layers};
 use super::new_image::{NewImage, Wanted};
 
 #[derive(Args)]
@@ -78,9 +78,9 @@ pub struct Convert {
     /// Threads, 1 to 16; by default one to a processor.
     #[arg(short = 'm', long = "parallel", value_name = "NUMBER", value_parser = clap::value_parser!(u8).range(1..=16))]
     threads: Option<u8>,
-    /// Not supported.
-    #[arg(short = 'r', long, value_name = "RATE")]
-    rate: Option<String>,
+    /// Most bytes a second.
+    #[arg(short = 'r', long, value_name = "RATE", value_parser = bytes, default_value = "0")]
+    rate: u64,
     /// Not supported.
     #[arg(short = 'C', long)]
     copy_range_offloading: bool,
@@ -106,7 +106,6 @@ pub struct Dd {
 pub fn convert(verb: Convert) -> anyhow::Result<u8> {
     let Some((target, sources)) = verb.images.split_last() else { bail!("Must specify image file name") };
     ensure!(!sources.is_empty(), "Must specify image file name");
-    ensure!(verb.rate.is_none(), "a rate limit (-r) is not supported by this version");
     ensure!(!verb.copy_range_offloading, "copying inside the host (-C) is not supported by this version");
     ensure!(verb.no_create || !verb.target_image_opts, "--target-image-opts requires use of -n flag");
     ensure!(verb.no_create || !verb.target_is_zero, "--target-is-zero requires use of -n flag");
@@ -125,9 +124,12 @@ pub fn convert(verb: Convert) -> anyhow::Result<u8> {
     let source_is_direct = is_direct(&verb.source_cache);
     let opened = sources.iter().map(|source| {
         let asked = common.asked(source, verb.format.as_deref())?.direct(source_is_direct);
-        common.layers_of(&asked, Rights::ReadOnly)
+        let chain = common.chain(&asked, Rights::ReadOnly)?;
+        Ok((chain.layers[0].inspection.virtual_size, layers(chain, &asked)))
     });
-    let sources = opened.collect::<anyhow::Result<Vec<_>>>()?;
+    let (sizes, sources): (Vec<u64>, Vec<_>) = opened.collect::<anyhow::Result<Vec<_>>>()?.into_iter().unzip();
+    // A snapshot may be of another size.
+    let size = sizes.iter().try_fold(0u64, |sum, &size| sum.checked_add(size)).filter(|_| snapshot.is_none());
     let mut new = None;
     let mut has_backing = verb.backing.is_some();
     let target = if verb.no_create {
@@ -146,6 +148,7 @@ pub fn convert(verb: Convert) -> anyhow::Result<u8> {
             backing: verb.backing.as_deref(),
             backing_format: verb.target_backing_format.as_deref(),
             is_direct: verb.cache.is_direct(),
+            size,
         };
         let (image, target) = NewImage::make(&common, &wanted)?;
         has_backing = matches!(&target, Target::New { backing, .. } if !backing.is_empty());
@@ -168,6 +171,7 @@ pub fn convert(verb: Convert) -> anyhow::Result<u8> {
         sparse: verb.sparse,
         bitmaps: verb.bitmaps.then_some(verb.skip_broken_bitmaps),
         threads: verb.threads.map_or(processors.min(16), usize::from),
+        rate: verb.rate,
         progress: !common.quiet && (verb.progress || std::io::stdout().is_terminal()),
         confinement: common.requirement(),
     })?;
@@ -218,6 +222,7 @@ pub fn dd(verb: Dd) -> anyhow::Result<u8> {
         backing: None,
         backing_format: None,
         is_direct: false,
+        size: None,
     };
     let (new, target) = NewImage::make(common, &wanted)?;
     let skipped = skip.saturating_mul(block);
@@ -232,6 +237,7 @@ pub fn dd(verb: Dd) -> anyhow::Result<u8> {
         sparse: 4096,
         bitmaps: None,
         threads: 1,
+        rate: 0,
         progress: false,
         confinement: common.requirement(),
     })?;

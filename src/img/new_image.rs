@@ -24,6 +24,8 @@ pub struct Wanted<'a> {
     pub backing_format: Option<&'a str>,
     /// Whether it is written past the host's cache.
     pub is_direct: bool,
+    /// Bytes of the guest's disk, if that is known before the source is read: an image of several files must know.
+    pub size: Option<u64>,
 }
 
 /// Files that wait for their names, those first that the last one names.
@@ -37,12 +39,15 @@ impl NewImage {
         ensure!(parsed.size.is_none(), "the new image is as large as the source; 'size' cannot be given");
         let mut options = parsed.options;
         name_backing(&mut options, wanted.backing, wanted.backing_format).map_err(anyhow::Error::msg)?;
-        let name = wanted.path.display().to_string();
-        if !extent_names(wanted.format, &options, 512, &name)?.is_empty() {
-            bail!(
-                "this kind of image has several files, and convert makes one: make it with create, then convert with -n"
-            );
-        }
+        let name = wanted.path.file_name().unwrap_or_default().to_string_lossy();
+        let extents = match wanted.size.map(|size| size.checked_next_multiple_of(512).unwrap_or(size)) {
+            Some(size) => extent_names(wanted.format, &options, size, &name)?,
+            None if extent_names(wanted.format, &options, 512, &name)?.is_empty() => Vec::new(),
+            None => bail!(
+                "this kind of image has several files, which cannot be made before the size is known: make it with create, \
+                 then convert with -n"
+            ),
+        };
         let directory = wanted.path.parent().map(PathBuf::from).unwrap_or_default();
         let (mut parent_cid, mut below): (_, Vec<Layer>) = (None, Vec::new());
         if let Some((file, format)) = backing(&options) {
@@ -55,9 +60,14 @@ impl NewImage {
         let mut image = NewImage(Vec::new());
         let data_file = data_file(&options).map(|name| image.open(&directory.join(name), wanted.is_direct));
         let data_file = data_file.transpose()?.map(|(data, _)| data);
+        let extents = extents.into_iter().map(|name| {
+            let (file, _) = image.open(&directory.join(&name), wanted.is_direct)?;
+            Ok((name, file))
+        });
+        let extents = extents.collect::<anyhow::Result<Vec<_>>>()?;
         let (file, is_zero) = image.open(wanted.path, wanted.is_direct)?;
         let format = wanted.format.to_owned();
-        Ok((image, Target::New { file, format, options, data_file, backing: below, parent_cid, is_zero }))
+        Ok((image, Target::New { file, format, options, data_file, extents, backing: below, parent_cid, is_zero }))
     }
 
     /// A file for `path`, and whether it reads as zeroes where nothing was written.
