@@ -82,6 +82,39 @@ fn a_guest_writes_to_a_raw_disk_and_the_host_sees_it() {
     assert!(tool("e2fsck", &["-fn", &disk]).0, "the file system is clean");
 }
 
+/// QEMU is told of no other socket to come back to, so each upgrade must leave it the one that it has.
+#[test]
+fn a_guest_s_vhost_user_disk_is_upgraded_under_it_again_and_again() {
+    let test = "a_guest_s_vhost_user_disk_is_upgraded_under_it_again_and_again";
+    let Some(kernel) = kernel(test) else { return };
+    let scratch = Scratch::new();
+    let checksum = ext4_disk(&scratch);
+    let (disk, socket) = (scratch.name("disk.raw"), scratch.name("s"));
+    let serve = Serve::start(&["--format", "raw", "--vhost-user", &socket, "--queues", "2", &disk]);
+    let script = "mount -t ext4 /dev/vda /mnt\nfor round in 1 2 3 4; do\n\
+                  cp /mnt/noise /mnt/copy; sync; echo 3 > /proc/sys/vm/drop_caches; md5sum /mnt/copy; done\numount /mnt\n\
+                  echo $(dmesg | grep -c 'I/O error') errors";
+    let (said, upgrades) = std::thread::scope(|scope| {
+        let guest = scope.spawn(|| guest::run_vhost_user(&kernel, &scratch, &socket, 2, script));
+        let (mut daemons, mut upgrades) = (serve.daemons(), 0);
+        while !guest.is_finished() {
+            serve.upgrade();
+            while !guest.is_finished() && serve.daemons() == daemons {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            (daemons, upgrades) = (serve.daemons(), upgrades + 1);
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        (guest.join().unwrap(), upgrades)
+    });
+    eprintln!("{upgrades} upgrades under a guest");
+    assert_eq!(said.matches(&checksum).count(), 4, "{said}");
+    assert!(said.contains("\n0 errors") && upgrades > 1, "{upgrades} upgrades: {said}");
+    assert!(serve.interrupt().success());
+    let path = std::env::var("PATH").unwrap_or_default() + ":/sbin:/usr/sbin";
+    assert!(Command::new("e2fsck").env("PATH", path).args(["-fn", &disk]).output().unwrap().status.success());
+}
+
 #[test]
 fn a_guest_uses_a_vhost_user_disk_over_two_queues_and_the_host_sees_it() {
     let Some(kernel) = kernel("a_guest_uses_a_vhost_user_disk_over_two_queues_and_the_host_sees_it") else { return };

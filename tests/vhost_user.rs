@@ -337,6 +337,7 @@ fn a_front_end_hears_of_a_new_size_on_its_own_channel() {
         block_size: 512,
         queues: 1,
         inflight: None,
+        moved: None,
     };
     let listener = UnixListener::bind(scratch.path("sock")).unwrap();
     let workers = export::Workers::new();

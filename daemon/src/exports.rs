@@ -45,6 +45,8 @@ pub struct Exports {
     next_age: u64,
     workers: Workers,
     inflight: Vec<OwnedFd>,
+    /// Where front ends come from for exports to be, by id.
+    awaited: BTreeMap<String, OwnedFd>,
     wake: Arc<Wake>,
     /// NBD clients are not let in yet.
     closed: bool,
@@ -59,6 +61,7 @@ impl Exports {
             next_age: 0,
             workers: Workers::new(),
             inflight: Vec::new(),
+            awaited: BTreeMap::new(),
             wake,
             closed: false,
         }
@@ -221,6 +224,32 @@ impl Exports {
         Ok(())
     }
 
+    /// Starts an export's removal; its client is sent on `to`.
+    ///
+    /// # Errors
+    /// There is none of that id, it is being removed already, or its kind cannot do that.
+    pub fn move_client(&mut self, id: &str, to: OwnedFd) -> Result<(), Error> {
+        let entry = self.entries.get_mut(id).ok_or_else(|| Error::generic(format!("Export '{id}' is not found")))?;
+        if entry.shutting_down {
+            return Err(Error::generic(format!("Export '{id}' is already shutting down")));
+        }
+        if !entry.export.move_client(to) {
+            return Err(Error::generic(format!("Export '{id}' of type '{}' cannot move its client", entry.kind)));
+        }
+        entry.shutting_down = true;
+        Ok(())
+    }
+
+    /// Keeps a socket on which the client comes of an export that is not there yet.
+    pub fn await_client(&mut self, id: String, from: OwnedFd) {
+        self.awaited.insert(id, from);
+    }
+
+    /// Takes such a socket out.
+    pub fn take_awaited(&mut self, id: &str) -> Option<OwnedFd> {
+        self.awaited.remove(id)
+    }
+
     /// Takes out those that are on their way and have no client any more: their ids and claims.
     pub fn reap(&mut self) -> Vec<(String, Claim)> {
         self.entries
@@ -240,7 +269,12 @@ impl Exports {
     /// Every descriptor of its servers and what it is.
     pub fn descriptors(&self) -> Vec<(i32, String)> {
         let server = self.nbd.as_ref().map(Server::descriptors).unwrap_or_default();
-        server.into_iter().chain(self.entries.values().flat_map(|entry| entry.export.descriptors())).collect()
+        let awaited = self.awaited.iter().map(|(id, fd)| (fd.as_raw_fd(), format!("way in for export '{id}'")));
+        server
+            .into_iter()
+            .chain(awaited)
+            .chain(self.entries.values().flat_map(|entry| entry.export.descriptors()))
+            .collect()
     }
 
     /// Says that a node's size has changed: clients that can be told are.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What every export can be asked, whatever protocol it speaks.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use block::stats::Stats;
@@ -39,6 +40,12 @@ pub trait Running: Send + Sync {
     /// Begins its end: no new clients or requests. It is over when [`Running::is_over`] says so; then whoever was told to be
     /// called at changes is called.
     fn close(&self);
+
+    /// The same, but its client is not hung up on: it is sent on a connected stream socket, between two requests, and another
+    /// export of the same kind goes on with it. False, and nothing happens, if that is not possible for this kind.
+    fn move_client(&self, _to: OwnedFd) -> bool {
+        false
+    }
 
     /// Whether nothing of it runs any more and its node is free. Asked after [`Running::close`], and where an export can end
     /// by itself.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! One daemon in another's place while clients are connected.
 //!
-//! The new daemon is started and confined before anything stops. Then the old one stops its NBD clients between two requests and
-//! gives their sockets away, and lets go of its nodes, which writes what they have in memory; the new one is told the journal,
+//! The new daemon is started and confined before anything stops. Then the old one stops its clients between two requests and
+//! gives their sockets away (of vhost-user front ends all that they have said), and lets go of its nodes, which writes what they have in memory; the new one is told the journal,
 //! and takes the clients. Requests that come meanwhile wait in the sockets, so each is answered once.
 
 use std::io::IoSliceMut;
@@ -25,18 +25,37 @@ const MOST_FDS: usize = 253;
 /// How long requests may take to end.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What is ready before anything stops: our end of the socket over which clients come.
-pub(crate) struct Begun(OwnedFd);
+/// What is ready before anything stops.
+pub(crate) struct Begun {
+    /// Our end of the socket over which NBD clients come.
+    clients: OwnedFd,
+    /// By export: the ends of the sockets over which vhost-user front ends come.
+    front_ends: Vec<(Value, OwnedFd)>,
+}
 
-/// Gives the old daemon a socket to send its clients on, and the new one what disturbs nobody.
+/// Gives the old daemon sockets to send its clients on, and the new one what disturbs nobody.
 pub(crate) fn prepare(journal: &Journal, old: &mut Daemon, new: &mut Daemon) -> Result<Begun> {
     journal.replay_early(|command, arguments, fds| new.execute(command, arguments, fds))?;
+    let clients = way_out(old, "moving")?;
+    let ids = journal.steps().iter().filter(|step| step.arguments["type"] == "vhost-user-blk");
+    let ids = ids.map(|step| step.arguments["id"].clone());
+    let front_ends = ids.map(|id| way_out(old, &moving(&id)).map(|ours| (id, ours))).collect::<Result<_>>()?;
+    journal.sync();
+    Ok(Begun { clients, front_ends })
+}
+
+/// The name of the socket over which an export's front end goes.
+fn moving(id: &Value) -> String {
+    format!("moving {}", id.as_str().unwrap_or_default())
+}
+
+/// Gives a daemon one end of a new pair of sockets; the other one.
+fn way_out(old: &mut Daemon, name: &str) -> Result<OwnedFd> {
     let failed = Error::process("could not prepare for the clients to move");
     let pair = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
     let (ours, theirs) = pair.map_err(|e| failed(e.into()))?;
-    old.execute("getfd", json!({ "fdname": "moving" }), &[theirs.as_fd()])?;
-    journal.sync();
-    Ok(Begun(ours))
+    old.execute("getfd", json!({ "fdname": name }), &[theirs.as_fd()])?;
+    Ok(ours)
 }
 
 /// Moves everything. On an error neither daemon is of any use.
@@ -47,12 +66,20 @@ pub(crate) fn carry_over(begun: Begun, journal: &Journal, old: &mut Daemon, new:
         other => other?,
     };
     let states: &[Value] = states.as_array().map_or(&[], Vec::as_slice);
-    let mut sockets = receive(&begun.0, states.len())?.into_iter();
+    let mut sockets = receive(&begun.clients, states.len())?.into_iter();
+    for (id, _) in &begun.front_ends {
+        // One that cannot go on is hung up on with the rest, and comes again.
+        unless_refused(old.execute("vhost-user-move", json!({ "id": id, "fd": moving(id) }), &[]))?;
+    }
     end_exports(old)?;
     for (command, arguments) in journal.all_undoing() {
         if command == "blockdev-del" {
             old.execute(command, arguments, &[])?;
         }
+    }
+    for (id, socket) in &begun.front_ends {
+        new.execute("getfd", json!({ "fdname": "front end" }), &[socket.as_fd()])?;
+        unless_refused(new.execute("vhost-user-client-add", json!({ "id": id, "fd": "front end" }), &[]))?;
     }
     journal.replay_late(|command, arguments, fds| new.execute(command, arguments, fds))?;
     for state in states {
@@ -60,13 +87,18 @@ pub(crate) fn carry_over(begun: Begun, journal: &Journal, old: &mut Daemon, new:
         new.execute("getfd", json!({ "fdname": "client" }), &[socket.as_fd()])?;
         let mut client = state.clone();
         client["fd"] = json!("client");
-        match new.execute("nbd-client-add", client, &[]) {
-            // One that cannot go on is hung up on, and comes again.
-            Err(Error::Daemon { source: ClientError::Qmp { .. }, .. }) => {}
-            other => drop(other?),
-        }
+        // One that cannot go on is hung up on, and comes again.
+        unless_refused(new.execute("nbd-client-add", client, &[]))?;
     }
     Ok(())
+}
+
+/// Fails only where nothing can be said to the daemon any more.
+fn unless_refused(answer: Result<Value>) -> Result<()> {
+    match answer {
+        Err(Error::Daemon { source: ClientError::Qmp { .. }, .. }) => Ok(()),
+        other => other.map(drop),
+    }
 }
 
 /// Closes what is left, and returns when no export is, so that nodes are free.

@@ -139,6 +139,7 @@ fn talk(speak: impl FnOnce(&UnixStream)) {
             block_size: 512,
             queues: 2,
             inflight: Some(inflight),
+            moved: None,
         };
         Mutex::new((Export::start(listener.into(), settings, Workers::new(), || ()).unwrap(), path))
     });

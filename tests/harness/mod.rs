@@ -117,6 +117,17 @@ impl Serve {
         line.split(',').next().unwrap().parse().unwrap()
     }
 
+    /// Has another daemon take over.
+    pub fn upgrade(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::USR1).unwrap();
+    }
+
+    /// The processes that the manager has started and that are still there.
+    pub fn daemons(&self) -> String {
+        let pid = self.child.id();
+        std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap()
+    }
+
     /// The manager's end without a warning.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();

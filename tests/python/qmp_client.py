@@ -93,6 +93,9 @@ async def main(path, disk, nbd):
     client = {"fd": "none", "export": "n", "style": "simple", "contexts": [], "received": ""}
     await refused(qmp, "nbd-client-add", client, "File descriptor named 'none' has not been found")
     tried.update(("nbd-server-move", "nbd-client-add"))
+    for command in ("vhost-user-move", "vhost-user-client-add"):
+        await refused(qmp, command, {"id": "e", "fd": "none"}, "File descriptor named 'none' has not been found")
+        tried.add(command)
     assert (await run("query-block")) == []
     assert [node["node-name"] for node in (await run("query-blockstats", {"query-nodes": True}))] == ["n"]
     assert "exports" in (await run("query-statistics"))

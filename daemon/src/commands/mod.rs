@@ -69,6 +69,7 @@ pub fn table() -> Table<Daemon> {
     commands.extend(nbd_node::commands());
     commands.extend(nbd_server::commands());
     commands.extend(nbd_moving::commands());
+    commands.extend(vhost_user::commands());
     commands.extend(export::commands());
     commands.extend(confinement::commands());
     commands.extend(create::commands());

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use block::{BlockNode, Use, User};
 use export::vhost_user_blk::{BLOCK_SIZES, Export, MOST_QUEUES, Settings};
-use qmp::{Definition, Error, Member, Type};
+use qmp::{Call, Command, Definition, Error, Member, Type};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -45,6 +45,53 @@ pub fn types() -> Vec<Definition> {
             "A virtio block device for a guest whose memory its VMM shares.",
         ),
     ]
+}
+
+pub fn commands() -> Vec<Command<Daemon>> {
+    vec![
+        Command::new(
+            "vhost-user-move",
+            "Removes a vhost-user-blk export as `block-export-del` does with `mode` `hard`, but its front end is not hung up on: it is \
+             stopped between two requests, with nothing under way, and sent on a passed socket for `vhost-user-client-add` of another \
+             daemon. It is hung up on if it has sent half a message, or if the socket has no room. Not in QEMU.",
+            moving(),
+            move_client,
+        ),
+        Command::new(
+            "vhost-user-client-add",
+            "Has the next vhost-user-blk export of that id go on with the front end that `vhost-user-move` of another daemon has sent \
+             on a passed socket. Not in QEMU.",
+            moving(),
+            add_client,
+        ),
+    ]
+}
+
+fn moving() -> [Member; 2] {
+    [
+        Member::required("id", Type::Str, "The export's id."),
+        Member::required("fd", Type::Str, "The name that `getfd` gave the connected stream socket."),
+    ]
+}
+
+#[derive(Deserialize)]
+struct Moving {
+    id: String,
+    fd: String,
+}
+
+fn move_client(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
+    let Moving { id, fd } = call.parse()?;
+    let to = daemon.named_fds().take(&fd)?;
+    daemon.exports.move_client(&id, to)?;
+    Ok(Value::Null)
+}
+
+fn add_client(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
+    let Moving { id, fd } = call.parse()?;
+    let from = daemon.named_fds().take(&fd)?;
+    daemon.exports.await_client(id, from);
+    Ok(Value::Null)
 }
 
 #[derive(Deserialize)]
@@ -114,6 +161,7 @@ pub fn add(daemon: &mut Daemon, common: Common, options: Options) -> Result<Valu
         block_size,
         queues,
         inflight: daemon.exports.take_inflight(),
+        moved: daemon.exports.take_awaited(&id),
     };
     match Export::start(listener, settings, daemon.exports.workers(), daemon.exports.changed()) {
         Ok(export) => daemon.exports.add(id, "vhost-user-blk", Arc::new(export), claim),

@@ -100,6 +100,14 @@ pub fn written_cache_mode(offset: usize, bytes: &[u8]) -> Option<bool> {
     }
 }
 
+/// The payload of the message that writes `writeback`.
+pub fn cache_mode_payload(write_back: bool) -> Vec<u8> {
+    let head = [u32::try_from(WRITEBACK).unwrap_or(u32::MAX), 1, 0].map(u32::to_ne_bytes);
+    let mut payload = head.as_flattened().to_vec();
+    payload.push(write_back.into());
+    payload
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

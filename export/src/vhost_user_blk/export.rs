@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A device on a listening socket: one front end after the other.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,7 @@ use tracing::{debug, info, warn};
 use super::channel::{Channel, Ended};
 use super::queue::Disk;
 use super::request::ID;
-use super::session::{Cause, Host, Session};
+use super::session::{Cause, Host, Session, moving};
 use crate::meter::Meter;
 use crate::running::{ClientShown, Running};
 use crate::workers::Workers;
@@ -47,6 +47,8 @@ pub struct Settings {
     /// A memfd, of which nobody else has a descriptor, for what is under way. Without it a restart cannot go on where this
     /// process stopped.
     pub inflight: Option<OwnedFd>,
+    /// Where another process sends a front end that it had, with which this one goes on ([`Running::move_client`]).
+    pub moved: Option<OwnedFd>,
 }
 
 /// A served device.
@@ -69,6 +71,8 @@ struct Shared {
     client: Mutex<Option<ClientShown>>,
     /// What the session holds.
     books: Mutex<Vec<(RawFd, String)>>,
+    /// Where the session goes when the device ends.
+    moving: Mutex<Option<OwnedFd>>,
     listener: RawFd,
     /// Called when a front end has left and when the device has ended.
     changed: Box<dyn Fn() + Send + Sync>,
@@ -86,7 +90,7 @@ impl Export {
         workers: Workers,
         changed: impl Fn() + Send + Sync + 'static,
     ) -> io::Result<Export> {
-        let Settings { id, node, writable, writethrough, block_size, queues, inflight } = settings;
+        let Settings { id, node, writable, writethrough, block_size, queues, inflight, moved } = settings;
         let mut name = [0; ID];
         let len = id.len().min(ID);
         name[..len].copy_from_slice(&id.as_bytes()[..len]);
@@ -110,13 +114,14 @@ impl Export {
             over: AtomicBool::new(false),
             client: Mutex::default(),
             books: Mutex::default(),
+            moving: Mutex::default(),
             listener: listener.as_raw_fd(),
             changed: Box::new(changed),
         });
         let serving = Arc::clone(&shared);
         let thread = thread::Builder::new().name("vhost-user".into()).stack_size(STACK);
         thread.spawn(move || {
-            let _ = catch_unwind(AssertUnwindSafe(|| serving.serve(&listener)));
+            let _ = catch_unwind(AssertUnwindSafe(|| serving.serve(&listener, moved)));
             drop(listener);
             serving.over.store(true, Ordering::Release);
             (serving.changed)();
@@ -146,6 +151,12 @@ impl Running for Export {
         let _ = rustix::io::write(&self.shared.stop, &1u64.to_ne_bytes());
     }
 
+    fn move_client(&self, to: OwnedFd) -> bool {
+        *lock(&self.shared.moving) = Some(to);
+        self.close();
+        true
+    }
+
     fn is_over(&self) -> bool {
         self.shared.over.load(Ordering::Acquire)
     }
@@ -170,6 +181,9 @@ impl Running for Export {
         if !over.load(Ordering::Acquire) {
             held.push((*listener, format!("listener of vhost-user export '{id}'")));
         }
+        held.extend(
+            lock(&self.shared.moving).iter().map(|fd| (fd.as_raw_fd(), format!("way out of vhost-user export '{id}'"))),
+        );
         held.extend(lock(&self.shared.books).iter().cloned());
         held
     }
@@ -187,8 +201,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Shared {
     /// The device's thread.
-    fn serve(&self, listener: &OwnedFd) {
+    fn serve(&self, listener: &OwnedFd, moved: Option<OwnedFd>) {
         let mut client = 0;
+        if let Some(moved) = moved {
+            match moving::receive_socket(moved.as_fd()) {
+                Ok(socket) => {
+                    self.welcome(client, socket, Some(&Channel::new(moved)));
+                    client += 1;
+                }
+                Err(e) => debug!(export = self.id, "no front end to go on with: {e}"),
+            }
+        }
         let mut resting = false;
         loop {
             let mut fds = vec![PollFd::new(&self.stop, PollFlags::IN)];
@@ -207,7 +230,7 @@ impl Shared {
             }
             match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
                 Ok(socket) => {
-                    self.welcome(client, socket);
+                    self.welcome(client, socket, None);
                     client += 1;
                 }
                 Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
@@ -223,8 +246,8 @@ impl Shared {
         }
     }
 
-    /// Serves a front end to its end.
-    fn welcome(&self, id: u64, socket: OwnedFd) {
+    /// Serves a front end to its end; `passed` has what it said to another process.
+    fn welcome(&self, id: u64, socket: OwnedFd, passed: Option<&Channel>) {
         let peer = sys::process::peer(&socket).map_or_else(|_| "unknown".to_owned(), |peer| peer.to_string());
         let meter = Meter::new(Arc::clone(&self.stats), Arc::clone(&self.disk.root));
         *lock(&self.client) = Some(ClientShown { id, peer, stats: Arc::clone(meter.client()) });
@@ -240,8 +263,9 @@ impl Shared {
             wake: &self.wake,
             stop: &self.stop,
             books: &self.books,
+            moving: &self.moving,
         };
-        let cause = catch_unwind(AssertUnwindSafe(|| Session::new(host, &channel, meter).run()));
+        let cause = catch_unwind(AssertUnwindSafe(|| Session::new(host, &channel, meter).run(passed)));
         match cause {
             Ok(Cause::Channel(Ended::Broken(fault))) => {
                 warn!(export = self.id, client = id, "the vhost-user front end was hung up on: {fault}");

@@ -65,6 +65,11 @@ impl Area {
         mapping.map(|mapping| Area { mapping, at })
     }
 
+    /// What it is for.
+    pub fn description(&self) -> InflightAt {
+        self.at
+    }
+
     /// The part of a queue of `size` entries.
     ///
     /// # Errors

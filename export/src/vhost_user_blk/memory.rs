@@ -13,6 +13,8 @@ use super::proto::{Fault, MAX_REGIONS, RegionAt, Request};
 struct Region {
     at: RegionAt,
     mapping: Mapping,
+    /// What is mapped: for another process that goes on with it.
+    file: OwnedFd,
 }
 
 /// A guest's memory. It never changes: another table of regions is another value.
@@ -27,7 +29,7 @@ impl Memory {
     ///
     /// # Errors
     /// It overlaps another one, is one too many, or cannot be mapped.
-    pub fn with(&self, request: Request, at: RegionAt, fd: &OwnedFd) -> Result<Memory, Fault> {
+    pub fn with(&self, request: Request, at: RegionAt, file: OwnedFd) -> Result<Memory, Fault> {
         let refused = |what| Err(Fault::Memory(request, what));
         let (Some(guest_end), Some(_)) = (at.guest.checked_add(at.len), at.user.checked_add(at.len)) else {
             return refused("a region that passes the end of its address space");
@@ -39,12 +41,12 @@ impl Memory {
         if self.regions.iter().any(|region| overlaps(&region.at)) {
             return refused("regions that overlap");
         }
-        let Ok(mapping) = Mapping::new(fd.as_fd(), at.offset, at.len) else {
+        let Ok(mapping) = Mapping::new(file.as_fd(), at.offset, at.len) else {
             return refused("a region that cannot be mapped for reading and writing");
         };
         let place = self.regions.partition_point(|region| region.at.guest < at.guest);
         let mut regions = self.regions.clone();
-        regions.insert(place, Arc::new(Region { at, mapping }));
+        regions.insert(place, Arc::new(Region { at, mapping, file }));
         Ok(Memory { regions })
     }
 
@@ -64,6 +66,11 @@ impl Memory {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
+    }
+
+    /// Every region, and the file that it is a part of.
+    pub fn regions(&self) -> impl Iterator<Item = (RegionAt, &OwnedFd)> {
+        self.regions.iter().map(|region| (region.at, &region.file))
     }
 
     /// Whether a part of it turned out to be gone.
@@ -118,7 +125,10 @@ mod tests {
         let fd = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&fd, 1 << 20).unwrap();
         let region = |&(guest, len, user)| RegionAt { guest, len, user, offset: 0 };
-        regions.iter().map(region).try_fold(Memory::default(), |memory, at| memory.with(Request::SetMemTable, at, &fd))
+        regions
+            .iter()
+            .map(region)
+            .try_fold(Memory::default(), |memory, at| memory.with(Request::SetMemTable, at, fd.try_clone().unwrap()))
     }
 
     fn lengths(memory: &Memory, guest: u64, len: u64) -> Option<Vec<usize>> {

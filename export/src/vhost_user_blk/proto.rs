@@ -148,6 +148,11 @@ pub fn reply_header(request: Request, len: usize) -> [u8; HEADER_LEN] {
     header(request.number(), flag::VERSION | flag::REPLY, len)
 }
 
+/// The header of a front end's message with `len` bytes of payload, to which no answer is wanted.
+pub fn request_header(request: Request, len: usize) -> [u8; HEADER_LEN] {
+    header(request.number(), flag::VERSION, len)
+}
+
 /// The header of a message on the back end's channel, without payload and without an answer.
 pub fn backend_header(number: u32) -> [u8; HEADER_LEN] {
     header(number, flag::VERSION, 0)

@@ -106,6 +106,11 @@ impl Call {
         self.lock().current = fd.map(Arc::new);
     }
 
+    /// The descriptor.
+    pub fn current(&self) -> Option<Arc<OwnedFd>> {
+        self.lock().current.clone()
+    }
+
     /// The descriptor's number.
     pub fn number(&self) -> Option<RawFd> {
         self.lock().current.as_ref().map(AsRawFd::as_raw_fd)

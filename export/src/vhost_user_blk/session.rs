@@ -5,6 +5,8 @@
 //! What changes under a running queue first stops it. Anything that the protocol does not allow ends the session: a front end
 //! that cannot speak is not guessed at.
 
+pub mod moving;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
@@ -39,6 +41,8 @@ pub struct Host<'a> {
     pub stop: &'a OwnedFd,
     /// Where the session writes down what descriptors it holds.
     pub books: &'a Mutex<Vec<(RawFd, String)>>,
+    /// Where the session is sent when the export ends, if it is to go on elsewhere.
+    pub moving: &'a Mutex<Option<OwnedFd>>,
 }
 
 /// Why a session ended.
@@ -100,7 +104,11 @@ pub struct Session<'a> {
     protocol: u64,
     memory: Arc<Memory>,
     area: Option<Arc<Area>>,
+    /// The area's memory, if the front end brought it.
+    area_file: Option<OwnedFd>,
     queues: Vec<Known>,
+    /// Whether a message has been received in part.
+    torn: bool,
     /// The back end's channel.
     back: Option<OwnedFd>,
     /// The size that the front end knows.
@@ -120,29 +128,48 @@ impl<'a> Session<'a> {
             protocol: 0,
             memory: Arc::default(),
             area: None,
+            area_file: None,
             queues,
+            torn: false,
             back: None,
             told,
         }
     }
 
-    /// Serves until it ends; then no queue runs any more.
-    pub fn run(mut self) -> Cause {
-        let cause = loop {
-            if let Err(cause) = self.step() {
-                break cause;
+    /// Serves until it ends; then no queue runs any more. `passed` has the messages of a session that has begun elsewhere.
+    pub fn run(mut self, passed: Option<&Channel>) -> Cause {
+        let begun = passed.map_or(Ok(()), |passed| self.resume(passed));
+        let cause = begun.err().unwrap_or_else(|| {
+            loop {
+                if let Err(cause) = self.step() {
+                    break cause;
+                }
             }
-        };
+        });
         if let Cause::Corrupt(index, _) = &cause
             && let Some(err) = self.queues.get(usize::from(*index)).and_then(|queue| queue.err.as_ref())
             && poll(&mut [PollFd::new(err, PollFlags::OUT)], Some(&rustix::event::Timespec::default())) == Ok(1)
         {
             let _ = rustix::io::write(err, &1u64.to_ne_bytes());
         }
-        for queue in &mut self.queues {
-            queue.stop();
+        let whole = self.queues.iter_mut().fold(!self.torn, |whole, queue| queue.stop().is_none() && whole);
+        let to = self.host.moving.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let (Cause::Channel(Ended::Stopped), true, Some(to)) = (&cause, whole, to) {
+            return moving::send(&self, to.as_fd()).err().map_or(cause, Cause::Host);
         }
         cause
+    }
+
+    /// Does what a session that has begun elsewhere was told.
+    fn resume(&mut self, passed: &Channel) -> Result<(), Cause> {
+        loop {
+            let mut message = passed.receive(self.host.stop.as_fd())?;
+            if message.header.request == moving::END {
+                self.keep_books();
+                return Ok(());
+            }
+            self.handle(&mut message)?;
+        }
     }
 
     fn step(&mut self) -> Result<(), Cause> {
@@ -165,7 +192,9 @@ impl<'a> Session<'a> {
             self.tell_size();
         }
         if message {
+            self.torn = true;
             let message = self.channel.receive(self.host.stop.as_fd())?;
+            self.torn = false;
             let answered = self.answer(message);
             self.keep_books();
             answered?;
@@ -177,6 +206,9 @@ impl<'a> Session<'a> {
     fn keep_books(&self) {
         let mut held = vec![(self.channel.number(), "vhost-user front end".to_owned())];
         held.extend(self.back.iter().map(|fd| (fd.as_raw_fd(), "vhost-user front end, requests to it".to_owned())));
+        let memory = self.memory.regions().map(|(_, file)| (file.as_raw_fd(), "memory of a guest".to_owned()));
+        held.extend(memory);
+        held.extend(self.area_file.iter().map(|fd| (fd.as_raw_fd(), "a guest's in-flight memory".to_owned())));
         for (index, queue) in self.queues.iter().enumerate() {
             held.extend(queue.descriptors().into_iter().map(|fd| (fd, format!("vhost-user queue {index}"))));
         }
@@ -264,14 +296,14 @@ impl<'a> Session<'a> {
                 if regions.len() != message.fds.len() {
                     return Err(Fault::Descriptors(request).into());
                 }
-                let regions = regions.into_iter().zip(&message.fds);
+                let regions = regions.into_iter().zip(std::mem::take(&mut message.fds));
                 let memory =
                     regions.into_iter().try_fold(Memory::default(), |memory, (at, fd)| memory.with(request, at, fd))?;
                 self.replace_memory(request, memory)?;
             }
             Request::AddMemReg => {
                 let at = message.payload().region()?;
-                let memory = self.memory.with(request, at, &message.fd()?)?;
+                let memory = self.memory.with(request, at, message.fd()?)?;
                 self.replace_memory(request, memory)?;
             }
             Request::RemMemReg => {
@@ -296,10 +328,12 @@ impl<'a> Session<'a> {
             Request::GetInflightFd => return self.new_area(message),
             Request::SetInflightFd => {
                 let at = message.payload().inflight()?;
-                let area = Area::new(message.fd()?, at);
+                let file = message.fd()?;
+                let area = Area::new(&file, at);
                 let area = area.ok_or(Fault::Memory(request, "in-flight memory that does not fit its description"))?;
                 self.stop_all()?;
                 self.area = Some(Arc::new(area));
+                self.area_file = Some(file);
                 self.refresh_all(request)?;
             }
             Request::SetVringNum
@@ -412,7 +446,7 @@ impl<'a> Session<'a> {
         }
         let at = InflightAt { len: area_len(wanted.queues, wanted.queue_size), offset: 0, ..wanted };
         self.stop_all()?;
-        self.area = None;
+        (self.area, self.area_file) = (None, None);
         let made = rustix::fs::ftruncate(fd, 0)
             .and_then(|()| rustix::fs::ftruncate(fd, at.len))
             .and_then(|()| rustix::io::fcntl_dupfd_cloexec(fd, 0));
