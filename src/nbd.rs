@@ -4,9 +4,13 @@
 //! What is not built yet, and what needs the kernel's nbd device, is refused by name; nothing is accepted and then not done.
 
 use std::ffi::OsString;
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
+use ::img::secrets::Secrets;
 use anyhow::{Context, bail, ensure};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use manager::chain::Policy;
@@ -15,6 +19,8 @@ use manager::kept::Restarts;
 use manager::serve::{End, ExportOptions, Listen, Request, serve};
 use manager::tls::Tls;
 use sys::background::Ready;
+
+use crate::img::Asked;
 
 /// Where NBD is served over TCP unless a port is given (IANA).
 const PORT: u16 = 10809;
@@ -108,13 +114,16 @@ struct Options {
     #[arg(short = 'T', long, value_name = "SPEC", num_args = 0..=1)]
     trace: Option<Option<String>>,
 
+    /// Tell what another server exports: the one at -k, or at -b and -p (default localhost).
+    #[arg(short = 'L', long)]
+    list: bool,
+    /// IMAGE is options, as `driver=qcow2,file.filename=PATH`, in place of a path.
+    #[arg(long)]
+    image_opts: bool,
+
     // Known, and refused.
     #[arg(short, long, hide = true)]
     load_snapshot: Option<String>,
-    #[arg(long, hide = true)]
-    image_opts: bool,
-    #[arg(short = 'L', long, hide = true)]
-    list: bool,
     #[arg(long, hide = true)]
     tls_hostname: Option<String>,
     #[arg(long, hide = true)]
@@ -149,6 +158,10 @@ pub fn run(name: &'static str, arguments: Vec<OsString>) -> anyhow::Result<ExitC
         return Ok(ExitCode::SUCCESS);
     }
     options.refuse_unbuilt()?;
+    if options.list {
+        options.list()?;
+        return Ok(ExitCode::SUCCESS);
+    }
     if options.fork {
         let mut command = Command::new(Program::THIS);
         command.arg("nbd").args(arguments.into_iter().filter(|argument| argument != "--fork"));
@@ -160,16 +173,40 @@ pub fn run(name: &'static str, arguments: Vec<OsString>) -> anyhow::Result<ExitC
 }
 
 impl Options {
+    fn list(&self) -> anyhow::Result<()> {
+        ensure!(self.image.is_none(), "List mode is incompatible with a file name");
+        ensure!(self.tls_creds.is_none(), "--list with --tls-creds is not supported by this version");
+        let socket: OwnedFd = match self.listen(None)? {
+            Listen::Tcp(_, port) => {
+                let host = self.bind.as_deref().unwrap_or("localhost");
+                let socket = TcpStream::connect((host, port));
+                socket.with_context(|| format!("Failed to connect to '{host}:{port}'"))?.into()
+            }
+            Listen::Unix(path) => {
+                let socket = UnixStream::connect(&path);
+                socket.with_context(|| format!("Failed to connect to '{}'", path.display()))?.into()
+            }
+            Listen::Passed(_) => bail!("List mode is incompatible with socket activation"),
+        };
+        Ok(::img::exports::run(socket)?)
+    }
+
     fn serve(self) -> anyhow::Result<()> {
         // Descriptors that were passed on purpose are taken before anything else is opened.
         let activated = activation()?;
         let ready = self.ready_fd.map(Ready::take).transpose().context("could not go into the background")?;
         let waiting = manager::serve::Waiting::new().context("could not prepare for signals")?;
         let listen = self.listen(activated)?;
-        let Some(image) = self.image else { bail!("cannot serve without an image; name one") };
+        let Some(mut image) = self.image else { bail!("cannot serve without an image; name one") };
+        let mut format = self.format;
+        if self.image_opts {
+            ensure!(format.is_none(), "--image-opts and -f are mutually exclusive");
+            let asked = Asked::parse(&image.to_string_lossy(), &Secrets::default()).map_err(anyhow::Error::msg)?;
+            (image, format) = (asked.path, asked.format);
+        }
         let direct = self.nocache || self.cache.as_deref() == Some("none");
         let (read_only, snapshot) = (self.read_only, self.snapshot);
-        let policy = Policy { format: self.format, direct, read_only, snapshot, ..Policy::default() };
+        let policy = Policy { format, direct, read_only, snapshot, ..Policy::default() };
         let export = ExportOptions {
             name: self.export_name,
             description: self.description,
@@ -207,7 +244,7 @@ impl Options {
     }
 
     /// The socket that the options ask for.
-    fn listen(&self, activated: Option<std::os::fd::OwnedFd>) -> anyhow::Result<Listen> {
+    fn listen(&self, activated: Option<OwnedFd>) -> anyhow::Result<Listen> {
         if let Some(listener) = activated {
             ensure!(self.socket.is_none(), "Unix socket can't be set when using socket activation");
             ensure!(self.bind.is_none(), "The interface can't be set when using socket activation");
@@ -235,8 +272,6 @@ impl Options {
             (other_cache, "--cache other than 'writeback' and 'none'", later),
             (other(&self.aio, "threads"), "--aio other than 'threads'", later),
             (other(&self.detect_zeroes, "off"), "--detect-zeroes other than 'off'", later),
-            (self.image_opts, "--image-opts", later),
-            (self.list, "--list", "is not supported by this version; nbdinfo --list tells what a server exports"),
             (self.tls_hostname.is_some(), "--tls-hostname", later),
             (self.selinux_label.is_some(), "--selinux-label", later),
             (self.connect.is_some(), "--connect", kernel),
@@ -250,7 +285,7 @@ impl Options {
 }
 
 /// The listening socket that a service manager has passed (`sd_listen_fds(3)`), if there is one for this process.
-fn activation() -> anyhow::Result<Option<std::os::fd::OwnedFd>> {
+fn activation() -> anyhow::Result<Option<OwnedFd>> {
     let number = |name: &str| std::env::var(name).ok()?.parse::<u32>().ok();
     if number("LISTEN_PID") != Some(std::process::id()) {
         return Ok(None);

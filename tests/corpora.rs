@@ -60,7 +60,7 @@ fn nbd_transmission_survives_its_corpus() {
 
 #[test]
 fn what_is_fed_to_the_nbd_client_answers_it() {
-    for (input, requests) in [("x-simple", 6), ("x-structured", 7), ("x-extended", 7), ("x-facts", 2)] {
+    for (input, requests) in [("x-simple", 6), ("x-structured", 7), ("x-extended", 7), ("x-facts", 2), ("x-list", 1)] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/nbd_client").join(input);
         assert_eq!(fuzzed::answered(&std::fs::read(path).unwrap()), requests, "{input}");
     }

@@ -316,6 +316,65 @@ fn under_the_name_of_qemu_nbd_a_client_sees_what_the_original_shows() {
 }
 
 #[test]
+fn list_tells_what_the_original_tells() {
+    if !judges("list_tells_what_the_original_tells", &["qemu-nbd", "nbdkit"]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (disk, socket) = (disk(&scratch), scratch.name("s"));
+    let compare = || {
+        let theirs = Command::new("qemu-nbd").args(["--list", "-k", &socket]).output().unwrap();
+        let (status, ours, errors) = harness::doorless(&["nbd", "--list", "-k", &socket]);
+        assert!(status.success() && theirs.status.success(), "{errors}");
+        // QEMU before 9 tells nothing of the headers' size, and asks for none of 64 bits.
+        let without = |said: &str| -> Vec<String> {
+            let kept =
+                said.lines().filter(|line| !["transaction size", "flags"].iter().any(|what| line.contains(what)));
+            kept.map(str::to_owned).collect()
+        };
+        let theirs = String::from_utf8(theirs.stdout).unwrap();
+        assert_eq!(without(&ours), without(&theirs));
+        assert!(ours == theirs || !theirs.contains("transaction size"), "{ours}\n{theirs}");
+        ours
+    };
+    let server = Server::start(&socket, &["-t", "-r", "-f", "raw", "-A", "-x", "a name", "-D", "a text", &disk]);
+    let said = compare();
+    assert!(said.contains("'a name'") && said.contains("qemu:allocation-depth") && said.contains("readonly"), "{said}");
+    assert!(server.terminate().success());
+    let mut theirs = Command::new("nbdkit").args(["-f", "-U", &socket, "memory", "1M"]).spawn().unwrap();
+    while UnixStream::connect(&socket).is_err() {
+        std::thread::yield_now();
+    }
+    let said = compare();
+    theirs.kill().unwrap();
+    theirs.wait().unwrap();
+    assert!(said.contains("size:  1048576"), "{said}");
+    // Somebody who is no server.
+    std::fs::remove_file(&socket).unwrap();
+    let listener = UnixListener::bind(&socket).unwrap();
+    let other =
+        std::thread::spawn(move || listener.accept().unwrap().0.write_all(b"HTTP/1.1 400 Bad Request").unwrap());
+    assert!(refused(&["-L", "-k", &socket]).contains("does not speak NBD"));
+    other.join().unwrap();
+    assert!(refused(&["-L", "-k", &scratch.name("none")]).contains("Failed to connect"));
+    assert!(refused(&["-L", "-k", &socket, &disk]).contains("incompatible with a file name"));
+}
+
+#[test]
+fn image_opts_name_the_image() {
+    if !judges("image_opts_name_the_image", &["nbdinfo"]) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (disk, socket) = (disk(&scratch), scratch.name("s"));
+    let server = Server::start(&socket, &["-t", "--image-opts", &format!("driver=raw,file.filename={disk}")]);
+    assert_eq!(run("nbdinfo", &["--size", &uri(&socket, "")]).trim(), "1048576");
+    assert!(server.terminate().success());
+    assert!(refused(&["--image-opts", "driver=raw,file.filename=x,wings=2"]).contains("wings"));
+    assert!(refused(&["--image-opts", "-f", "raw", "file.filename=x"]).contains("mutually exclusive"));
+}
+
+#[test]
 fn what_is_not_built_is_refused_by_name() {
     let scratch = Scratch::new();
     let disk = disk(&scratch);
@@ -326,8 +385,6 @@ fn what_is_not_built_is_refused_by_name() {
         "--aio=native",
         "--aio=io_uring",
         "--detect-zeroes=on",
-        "--image-opts",
-        "-L",
         "--object=secret,id=s",
         "--tls-hostname=h",
         "-c/dev/nbd0",

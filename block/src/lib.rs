@@ -60,6 +60,7 @@ pub use gate::{Closed, Gate, Hold};
 pub use graph::{Edge, Graph, NodeSpec, id_is_well_formed};
 pub use host::{Descriptor, Host, Lost, Opener};
 pub use inspect::{Facts, Inspection, facts, inspect};
+pub use nbd::list as nbd_list;
 pub use node::{BlockNode, Extent, ExtentKind, NodeAccess};
 pub use overlay::Overlaid;
 pub use place::Place;

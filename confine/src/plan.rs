@@ -11,6 +11,8 @@ pub enum Role {
     Inspector,
     /// Read and write images that were opened before, on several threads, and answer on standard output.
     Tool,
+    /// Talk to a server over a socket that was connected before, and answer on standard output.
+    Client,
 }
 
 /// A layer of confinement.
@@ -118,7 +120,7 @@ impl Requirement {
     /// What this process must have of it, if it does `role`: no tool of a moment is worth a pid namespace.
     fn levels(self, role: Role) -> [Level; Layer::ALL.len()] {
         let Requirement(mut levels) = self;
-        if role == Role::Tool {
+        if matches!(role, Role::Tool | Role::Client) {
             levels[Layer::PidNamespace as usize] = Level::BestEffort;
         }
         levels

@@ -183,5 +183,6 @@ pub fn of(role: crate::Role) -> &'static [&'static [Allowed]] {
         crate::Role::Daemon => &[RUNTIME, READING, WRITING, SOCKETS, EVENTS],
         crate::Role::Inspector => &[RUNTIME, READING],
         crate::Role::Tool => &[RUNTIME, READING, WRITING],
+        crate::Role::Client => &[RUNTIME, READING, SOCKETS],
     }
 }

@@ -116,7 +116,7 @@ mod tests {
     #[test]
     fn a_line_without_checks_never_shares_its_call_with_a_line_that_has_some() {
         // It would silently not count.
-        for role in [Role::Daemon, Role::Inspector, Role::Tool] {
+        for role in [Role::Daemon, Role::Inspector, Role::Tool, Role::Client] {
             let lines: Vec<&Allowed> = rules::of(role).iter().copied().flatten().collect();
             for line in &lines {
                 let same: Vec<_> = lines.iter().filter(|other| other.call == line.call).collect();
@@ -161,7 +161,7 @@ mod tests {
             libc::SYS_fchown,
             libc::SYS_flock,
         ];
-        for role in [Role::Daemon, Role::Inspector, Role::Tool] {
+        for role in [Role::Daemon, Role::Inspector, Role::Tool, Role::Client] {
             let rules = compile(rules::of(role)).unwrap();
             assert_eq!(never.iter().find(|call| rules.contains_key(call)), None);
         }

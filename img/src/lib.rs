@@ -11,6 +11,7 @@ pub mod compare;
 pub mod convert;
 pub mod create;
 pub mod disk;
+pub mod exports;
 pub mod info;
 pub mod inspect;
 pub mod map;

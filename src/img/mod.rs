@@ -15,6 +15,8 @@ mod making;
 mod measuring;
 mod new_image;
 
+pub use asked::Asked;
+
 use std::ffi::OsString;
 use std::process::ExitCode;
 

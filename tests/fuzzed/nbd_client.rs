@@ -3,8 +3,10 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::{BlockNode, Graph, Host, NodeAccess, NodeSpec, Wait, ZeroFlags};
 
@@ -22,7 +24,7 @@ enum Style {
 }
 
 /// The first byte says what the rest is: 1 to 3, requests after a sound negotiation of simple replies, structured ones or extended
-/// headers; 4 to 6, the same after 18 bytes of facts about the export (size, flags, smallest block, largest request); else a
+/// headers; 7, a server that is asked for its exports; 4 to 6, the same after 18 bytes of facts about the export (size, flags, smallest block, largest request); else a
 /// negotiation, after which the server hangs up.
 ///
 /// A request is what the client asks, where, and two bytes of length in front of what the server answers when it comes.
@@ -37,6 +39,11 @@ pub fn answered(data: &[u8]) -> usize {
     if !(1..=6).contains(&choice) {
         (&ours).write_all(&rest[..rest.len().min(MOST_SAID)]).unwrap();
         ours.shutdown(Shutdown::Write).unwrap();
+        if choice == 7 {
+            let socket: block::Descriptor = Box::new(OwnedFd::from(theirs));
+            let listed = block::nbd_list::exports(&socket, Duration::from_secs(10));
+            return listed.map_or(0, |listed| listed.len());
+        }
         drop(open(theirs));
         return 0;
     }

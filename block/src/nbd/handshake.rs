@@ -18,14 +18,15 @@ const SET_META_CONTEXT: u32 = 10;
 const EXTENDED_HEADERS: u32 = 11;
 
 const ACK: u32 = 1;
-const INFO: u32 = 3;
-const META_CONTEXT: u32 = 4;
+/// A reply with information about an export, or about a meta context.
+pub const INFO: u32 = 3;
+pub const META_CONTEXT: u32 = 4;
 const ERROR_BIT: u32 = 1 << 31;
 
 /// Longest option reply that is looked at, bytes.
 const MAX_REPLY: u32 = 64 << 10;
-/// Most replies to one option.
-const MAX_REPLIES: usize = 64;
+/// Most replies to one option: a server may have many exports.
+const MAX_REPLIES: usize = 1024;
 
 /// What was agreed with a server, and what it says about the export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,19 +61,29 @@ pub enum Style {
 /// # Errors
 /// The server hangs up, breaks the protocol, is too slow (`TimedOut`), or has no such export; a sentence says which.
 pub fn negotiate(socket: &Descriptor, name: &str, limit: Duration) -> io::Result<Facts> {
-    Talk { socket, end: Instant::now() + limit }.negotiate(name)
+    Talk::within(socket, limit).negotiate(name)
 }
 
 /// Kinds and payloads of the replies to one option.
 type Replies = Vec<(u32, Vec<u8>)>;
 
-struct Talk<'a> {
+/// A negotiation under way.
+pub struct Talk<'a> {
     socket: &'a Descriptor,
     end: Instant,
 }
 
-impl Talk<'_> {
-    fn negotiate(&mut self, name: &str) -> io::Result<Facts> {
+impl<'a> Talk<'a> {
+    /// One on a fresh connection, which must be over within `limit`.
+    pub fn within(socket: &'a Descriptor, limit: Duration) -> Talk<'a> {
+        Talk { socket, end: Instant::now() + limit }
+    }
+
+    /// Begins: the newest style that the server has, and whether it leaves out the zeroes at the end of an old answer.
+    ///
+    /// # Errors
+    /// The server speaks something else.
+    pub fn greet(&mut self) -> io::Result<(Style, bool)> {
         let mut greeting = [0; 18];
         self.read(&mut greeting)?;
         if u64::from_be_bytes(field(&greeting, 0)) != wire::INIT_MAGIC {
@@ -94,10 +105,15 @@ impl Talk<'_> {
         } else {
             Style::Simple
         };
+        Ok((style, no_zeroes))
+    }
+
+    fn negotiate(&mut self, name: &str) -> io::Result<Facts> {
+        let (style, no_zeroes) = self.greet()?;
         let allocation = if style == Style::Simple { None } else { self.allocation_context(name)? };
         let mut facts = Facts { size: 0, flags: 0, style, allocation, min_block: 1, max_payload: MAX_PAYLOAD };
         // The name, and one information request: block sizes.
-        let go = [&string(name)[..], &[0, 1, 0, 3]].concat();
+        let go = [&string(name.as_bytes())[..], &[0, 1, 0, 3]].concat();
         match self.option(GO, &go)? {
             Some(replies) => facts.learn(&replies)?,
             None if style == Style::Extended => return Err(broken("the server has no NBD_OPT_GO")),
@@ -110,7 +126,7 @@ impl Talk<'_> {
     }
 
     fn allocation_context(&mut self, name: &str) -> io::Result<Option<u32>> {
-        let query = [&string(name)[..], &1u32.to_be_bytes(), &string("base:allocation")].concat();
+        let query = [&string(name.as_bytes())[..], &1u32.to_be_bytes(), &string(b"base:allocation")].concat();
         let replies = self.option(SET_META_CONTEXT, &query)?.unwrap_or_default();
         let context = replies.iter().find(|(kind, payload)| *kind == META_CONTEXT && payload.len() >= 4);
         Ok(context.map(|(_, payload)| u32::from_be_bytes(field(payload, 0))))
@@ -127,7 +143,7 @@ impl Talk<'_> {
     }
 
     /// An option and its replies up to the acknowledgement; `None` if the server does not know it.
-    fn option(&mut self, number: u32, payload: &[u8]) -> io::Result<Option<Replies>> {
+    pub fn option(&mut self, number: u32, payload: &[u8]) -> io::Result<Option<Replies>> {
         const UNSUPPORTED: u32 = ERROR_BIT | 1;
         self.write(&option(number, payload))?;
         let mut replies = Vec::new();
@@ -224,6 +240,7 @@ fn option(number: u32, payload: &[u8]) -> Vec<u8> {
     [&wire::OPTION_MAGIC.to_be_bytes()[..], &number.to_be_bytes(), &len.to_be_bytes(), payload].concat()
 }
 
-fn string(text: &str) -> Vec<u8> {
-    [&u32::try_from(text.len()).unwrap_or(u32::MAX).to_be_bytes()[..], text.as_bytes()].concat()
+/// A text with its length in front.
+pub fn string(text: &[u8]) -> Vec<u8> {
+    [&u32::try_from(text.len()).unwrap_or(u32::MAX).to_be_bytes()[..], text].concat()
 }

@@ -7,6 +7,7 @@
 
 mod connection;
 mod handshake;
+pub mod list;
 mod wire;
 
 use std::io;
