@@ -24,3 +24,4 @@ bench:
 	cargo bench --bench nbd
 	cargo bench --bench vhost_user
 	cargo bench --bench qcow2
+	cargo bench --bench formats

@@ -136,7 +136,9 @@ impl Graph {
         let descriptor = spec.host.as_mut().map(|host| host.first(spec.access.writable, &name)).transpose();
         match descriptor.and_then(|descriptor| (driver.open)(request(descriptor))) {
             Ok(opened) => {
-                let node = Arc::new(BlockNode::new(name.clone(), driver.name, filename, spec.access, opened));
+                let flushes = spec.host.as_ref().is_none_or(Host::flushes);
+                let node = BlockNode::new(name.clone(), driver.name, filename, spec.access, opened);
+                let node = Arc::new(if flushes { node } else { node.unflushed() });
                 let entry = Entry {
                     node: Arc::clone(&node),
                     age: self.next_age,

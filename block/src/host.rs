@@ -24,13 +24,26 @@ pub struct Host {
     writable: bool,
     /// Whether image locks are taken.
     locking: bool,
+    /// Whether flushes reach the disk.
+    flushing: bool,
     lost: Option<Lost>,
 }
 
 impl Host {
     /// Descriptors come from `open`.
     pub fn new(open: Opener, auto_read_only: bool, locking: bool) -> Host {
-        Host { open, auto_read_only, writable: false, locking, lost: None }
+        Host { open, auto_read_only, writable: false, locking, flushing: true, lost: None }
+    }
+
+    /// The same, but a flush does nothing: whoever has the file brings it to disk (QAPI's `cache.no-flush`).
+    #[must_use]
+    pub fn unflushed(self) -> Host {
+        Host { flushing: false, ..self }
+    }
+
+    /// Whether flushes reach the disk.
+    pub(crate) fn flushes(&self) -> bool {
+        self.flushing
     }
 
     /// One descriptor, for tests and for inspection: it serves whatever is asked.

@@ -24,6 +24,7 @@ pub struct BlockNode {
     filename: String,
     writable: AtomicBool,
     unmap: AtomicBool,
+    flushes: bool,
     stats: Stats,
     /// The end of the write that went furthest.
     furthest: AtomicU64,
@@ -81,11 +82,18 @@ impl BlockNode {
             filename: filename.into(),
             writable: AtomicBool::new(access.writable),
             unmap: AtomicBool::new(access.unmap),
+            flushes: true,
             stats: Stats::default(),
             furthest: AtomicU64::new(0),
             bitmaps: driver.bitmaps().cloned().unwrap_or_default(),
             driver,
         }
+    }
+
+    /// The same, but flushes do nothing.
+    #[must_use]
+    pub(crate) fn unflushed(self) -> BlockNode {
+        BlockNode { flushes: false, ..self }
     }
 
     /// The node-name.
@@ -434,12 +442,13 @@ impl BlockNode {
         Units { head: offset..start, whole: start..last, tail: last..end }
     }
 
-    /// Returns when every write acknowledged before this call is on stable storage.
+    /// Returns when every write acknowledged before this call is on stable storage; at once, if that is left to others
+    /// ([`Host::unflushed`](crate::Host::unflushed)).
     ///
     /// # Errors
     /// The errno of the host: then nothing is known about unflushed data.
     pub fn flush(&self) -> io::Result<()> {
-        if self.writable() { self.driver.flush() } else { Ok(()) }
+        if self.writable() && self.flushes { self.driver.flush() } else { Ok(()) }
     }
 
     /// What stands at `offset`, for at most `len` bytes: the first run of one kind.

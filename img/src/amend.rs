@@ -30,7 +30,7 @@ pub struct Request {
 /// The image cannot be opened or changed that way.
 pub fn run(request: Request) -> Result<u8> {
     confine(request.confinement)?;
-    let disk = Disk::file(request.image, Usage { writable: true, force_share: false })?;
+    let disk = Disk::file(request.image, Usage { writable: true, force_share: false, unflushed: false })?;
     let format = format_of(&disk.node, request.format.as_deref())?;
     let known = format_named(&format).map_or(&[][..], |format| format.create_options);
     let options::Parsed { options, size, .. } =

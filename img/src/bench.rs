@@ -44,7 +44,8 @@ pub struct Request {
 pub fn run(request: Request) -> Result<u8> {
     confine(request.confinement)?;
     let writes = request.pattern.is_some();
-    let disk = Disk::open(request.layers, Usage { writable: writes, force_share: request.force_share })?;
+    let disk =
+        Disk::open(request.layers, Usage { writable: writes, force_share: request.force_share, unflushed: false })?;
     say(&format!(
         "Sending {} {} requests, {} bytes each, {} in parallel (starting at offset {}, step size {})\n",
         request.count,

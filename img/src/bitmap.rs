@@ -52,7 +52,7 @@ pub struct Request {
 pub fn run(request: Request) -> Result<u8> {
     let Request { layer, source, name, actions, confinement } = request;
     confine(confinement)?;
-    let disk = Disk::open(vec![layer], Usage { writable: true, force_share: false })?;
+    let disk = Disk::open(vec![layer], Usage { writable: true, force_share: false, unflushed: false })?;
     let source = source.map(|source| Disk::open(vec![source], Usage::default())).transpose()?;
     let from = source.as_ref().map_or(&disk.node, |source| &source.node);
     let done = actions.iter().try_for_each(|action| {

@@ -51,7 +51,7 @@ pub fn run(request: Request) -> Result<u8> {
     confine(request.confinement)?;
     let name = image.name.clone();
     let writable = repair != Repair::Nothing;
-    let disk = Disk::file(image, Usage { writable, force_share: request.force_share })?;
+    let disk = Disk::file(image, Usage { writable, force_share: request.force_share, unflushed: false })?;
     let format = format_of(&disk.node, format.as_deref())?;
     let mut each = |text: &str| {
         if !quiet && !json {

@@ -40,8 +40,8 @@ pub fn run(request: Request) -> Result<u8> {
     let Request { upper, lower, empties, rate, progress, quiet, confinement } = request;
     confine(confinement)?;
     // The two are opened apart: what the lower one is written must be nobody's backing file meanwhile.
-    let upper = Disk::open(upper, Usage { writable: empties, force_share: false })?;
-    let lower = Disk::open(lower, Usage { writable: true, force_share: false })?;
+    let upper = Disk::open(upper, Usage { writable: empties, force_share: false, unflushed: false })?;
+    let lower = Disk::open(lower, Usage { writable: true, force_share: false, unflushed: false })?;
     let len = upper.node.len();
     if lower.node.len() < len {
         lower.node.resize(len, Preallocation::Off)?;

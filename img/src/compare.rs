@@ -32,7 +32,7 @@ pub struct Request {
 pub fn run(request: Request) -> Result<u8> {
     let Request { images: [one, two], strict, quiet, force_share, confinement } = request;
     confine(confinement)?;
-    let usage = Usage { writable: false, force_share };
+    let usage = Usage { writable: false, force_share, unflushed: false };
     let (one, two) = (Disk::open(one, usage)?, Disk::open(two, usage)?);
     let tell = |text: String| if quiet { Ok(()) } else { say(&text) };
     let (shorter, longer) = if one.node.len() <= two.node.len() { (&one, &two) } else { (&two, &one) };

@@ -4,6 +4,7 @@
 //! Threads take pieces in turn; each reads its piece, looks for zeroes, compresses, and writes, so that all of this overlaps. What
 //! the source says is zero is never read, and what is zero is never written to a new image.
 
+use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -69,6 +70,8 @@ pub struct Request {
     pub bitmaps: Option<bool>,
     /// Threads.
     pub threads: usize,
+    /// Bring the target to disk (all but the cache mode `unsafe`).
+    pub durable: bool,
     /// Most bytes a second; 0 is any number.
     pub rate: u64,
     /// Show how far it is.
@@ -82,16 +85,18 @@ pub struct Request {
 /// # Errors
 /// An image cannot be opened, made, read or written.
 pub fn run(request: Request) -> Result<()> {
-    let Request { sources, manner, part, target, compress, sparse, bitmaps, threads, rate, progress, confinement } =
-        request;
-    let pace = Pace::new(rate);
-    confine(confinement)?;
+    let Request { sources, manner, part, target, compress, sparse, bitmaps, threads, rate, .. } = request;
+    let (pace, durable, progress) = (Pace::new(rate), request.durable, request.progress);
+    confine(request.confinement)?;
     let mut source = Source::open(sources, manner)?;
     if let Some((skip, len)) = part {
         source = source.part(skip, len);
     }
     let len = source.len();
-    let usage = Usage { writable: true, force_share: false };
+    // A new image is nobody's before it is whole: it goes to disk once, at the end, in no order.
+    let is_new = matches!(target, Target::New { .. });
+    let usage = Usage { writable: true, force_share: false, unflushed: is_new || !durable };
+    let mut files = Vec::new();
     let (target, reads_zero) = match target {
         Target::New { file, format, options, data_file, extents, backing, parent_cid, is_zero } => {
             let again = |named: &Named| {
@@ -101,6 +106,9 @@ pub fn run(request: Request) -> Result<()> {
             let image = again(&file)?;
             let data_again = data_file.as_ref().map(again).transpose()?;
             let extents_again = extents.iter().map(|(_, file)| again(file)).collect::<Result<Vec<_>>>()?;
+            for named in std::iter::once(&image).chain(&data_again).chain(&extents_again) {
+                files.push(again(named)?.file);
+            }
             let secret = options.values().find_map(|value| match value {
                 OptionValue::Secret(secret) => Some(secret.clone()),
                 _ => None,
@@ -122,7 +130,8 @@ pub fn run(request: Request) -> Result<()> {
             };
             if let Some(stream) = block::stream(&format, &request)? {
                 stream::fill(&source, stream, threads, &pace, &Progress::new(len, progress))?;
-                return Ok(made.close()?);
+                made.close()?;
+                return if durable { to_disk(&files) } else { Ok(()) };
             }
             block::create(&format, &request)?;
             drop(request);
@@ -182,7 +191,12 @@ pub fn run(request: Request) -> Result<()> {
         }
     }
     target.close()?;
-    Ok(())
+    if durable { to_disk(&files) } else { Ok(()) }
+}
+
+/// Brings what was written to disk.
+fn to_disk(files: &[File]) -> Result<()> {
+    files.iter().try_for_each(|file| file.sync_data().map_err(output))
 }
 
 fn copy_bitmaps(source: &BlockNode, target: &BlockNode, skip_broken: bool) -> Result<()> {

@@ -29,7 +29,7 @@ pub struct Request {
 /// # Errors
 /// Options that contradict each other, another program that uses the file, or those of the host.
 pub fn run(request: Request) -> Result<()> {
-    let usage = Usage { writable: true, force_share: false };
+    let usage = Usage { writable: true, force_share: false, unflushed: false };
     let file = Disk::file(request.image, usage)?;
     let data = request.data_file.map(|data| Disk::file(data, usage)).transpose()?;
     let extents = request.extents.into_iter().map(|(name, file)| Ok((name, Disk::file(file, usage)?)));

@@ -38,6 +38,8 @@ pub struct Usage {
     pub writable: bool,
     /// Others may write it at the same time: no image locks are taken.
     pub force_share: bool,
+    /// Nothing is brought to disk: whoever has the files does that.
+    pub unflushed: bool,
 }
 
 /// A chain of images as nodes; the top can be read and, perhaps, written.
@@ -200,11 +202,12 @@ fn add_file(graph: &mut Graph, named: Named, usage: Usage) -> Result<Arc<BlockNo
         let file = file.try_clone().map_err(|e| block::Error::io("use the image", e))?;
         Ok(Box::new(file))
     };
+    let host = Host::new(Box::new(open), false, !usage.force_share);
     graph.add(NodeSpec {
         name: None,
         driver,
         access: access(usage),
-        host: Some(Host::new(Box::new(open), false, !usage.force_share)),
+        host: Some(if usage.unflushed { host.unflushed() } else { host }),
         filename: named.name,
         children: [].into(),
         detached: [].into(),

@@ -37,7 +37,7 @@ pub fn run(request: Request) -> Result<u8> {
     let mut texts = Vec::new();
     for (layer, directory) in request.layers.into_iter().zip(request.directories) {
         let name = layer.image.name.clone();
-        let usage = Usage { writable: false, force_share: request.force_share };
+        let usage = Usage { writable: false, force_share: request.force_share, unflushed: false };
         let format = layer.format.clone();
         // No key is asked for: what is told stands outside of what is encrypted.
         let (facts, length) = Disk::facts(layer, usage)?;

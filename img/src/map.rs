@@ -31,7 +31,7 @@ pub struct Request {
 pub fn run(request: Request) -> Result<u8> {
     let Request { layers, start, len, json, force_share, confinement } = request;
     confine(confinement)?;
-    let disk = Disk::open(layers, Usage { writable: false, force_share })?;
+    let disk = Disk::open(layers, Usage { writable: false, force_share, unflushed: false })?;
     let end = len.map_or(disk.node.len(), |len| start.saturating_add(len).min(disk.node.len()));
     let heading = format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to");
     let mut out = Rows { json, is_first: true, text: if json { String::new() } else { heading } };

@@ -58,7 +58,7 @@ pub fn run(request: Request) -> Result<u8> {
     let (size, data) = match source {
         Source::Size(size) => (size, 0),
         Source::Chain(layers) => {
-            let disk = Disk::open(layers, Usage { writable: false, force_share })?;
+            let disk = Disk::open(layers, Usage { writable: false, force_share, unflushed: false })?;
             (disk.node.len(), data_clusters(&disk, cluster)? * cluster)
         }
     };

@@ -53,7 +53,7 @@ pub fn run(request: Request) -> Result<u8> {
     if let Some(compared) = compared {
         fill(compared)?;
     }
-    let disk = Disk::file(image, Usage { writable: true, force_share: false })?;
+    let disk = Disk::file(image, Usage { writable: true, force_share: false, unflushed: false })?;
     let refused = |e: block::Error| Error::Text(format!("Could not change the backing file to '{backing}': {e}"));
     let mut options = Options::from([("backing_file", OptionValue::Str(backing.clone()))]);
     if let (Some(format), false) = (backing_format, backing.is_empty()) {
@@ -67,10 +67,10 @@ pub fn run(request: Request) -> Result<u8> {
 /// Gives the image what it will not find below it any more.
 fn fill(compared: Compared) -> Result<()> {
     let Compared { now, then, compress, progress } = compared;
-    let disk = Disk::open(now, Usage { writable: true, force_share: false })?;
+    let disk = Disk::open(now, Usage { writable: true, force_share: false, unflushed: false })?;
     let below = match then.is_empty() {
         true => None,
-        false => Some(Disk::open(then, Usage { writable: false, force_share: true })?),
+        false => Some(Disk::open(then, Usage { writable: false, force_share: true, unflushed: false })?),
     };
     let below = below.as_ref().map(|below| &*below.node);
     let node = &disk.node;

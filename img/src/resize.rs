@@ -49,7 +49,7 @@ pub struct Request {
 /// The image cannot be opened, or have that size.
 pub fn run(request: Request) -> Result<u8> {
     confine(request.confinement)?;
-    let disk = Disk::open(request.layers, Usage { writable: true, force_share: false })?;
+    let disk = Disk::open(request.layers, Usage { writable: true, force_share: false, unflushed: false })?;
     let now = disk.node.len();
     let wanted = match request.wanted {
         Wanted::To(bytes) => Some(bytes),

@@ -44,7 +44,7 @@ pub struct Request {
 pub fn run(request: Request) -> Result<u8> {
     let Request { layer, action, force_share, confinement } = request;
     confine(confinement)?;
-    let disk = Disk::open(vec![layer], Usage { writable: action != Action::List, force_share })?;
+    let disk = Disk::open(vec![layer], Usage { writable: action != Action::List, force_share, unflushed: false })?;
     let kept = disk.node.snapshots();
     match &action {
         // A format that keeps none has none.

@@ -70,7 +70,7 @@ impl Source {
     pub fn open(chains: Vec<Vec<Layer>>, manner: Manner) -> Result<Source> {
         let (mut parts, mut disks, mut start) = (Vec::new(), Vec::new(), 0u64);
         for chain in chains {
-            let disk = Disk::open(chain, Usage { writable: false, force_share: manner.force_share })?;
+            let disk = Disk::open(chain, Usage { writable: false, force_share: manner.force_share, unflushed: false })?;
             if let Some(wanted) = &manner.snapshot {
                 let kept = disk.node.snapshots()?;
                 match wanted {

@@ -43,7 +43,8 @@ pub struct Common {
 /// How the host caches an image.
 #[derive(Args)]
 pub struct Cache {
-    /// `writeback`, `writethrough`, `none`, `directsync` or `unsafe`; with all of them everything is on disk at the end.
+    /// `writeback`, `writethrough`, `none`, `directsync` or `unsafe`; everything is on disk at the end, unless `convert` is
+    /// told `unsafe`.
     #[arg(short = 't', long = "cache", value_name = "MODE", value_parser = CACHE_MODES, default_value = "writeback")]
     cache: String,
 }
@@ -57,6 +58,11 @@ pub fn is_direct(mode: &str) -> bool {
 }
 
 impl Cache {
+    /// Whether nothing is brought to disk.
+    pub fn is_unsafe(&self) -> bool {
+        self.cache == "unsafe"
+    }
+
     pub fn is_direct(&self) -> bool {
         is_direct(&self.cache)
     }
