@@ -6,6 +6,7 @@ mod support;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use block::{BlockNode, CheckReport, CreateRequest, NewExtent, OptionValue, Preallocation, Repair, ZeroFlags};
@@ -414,6 +415,19 @@ fn a_differencing_vhd_shows_its_parent_sector_by_sector_and_completes_what_it_wr
     let (_nodes, node) = open_over(&base, false).unwrap();
     assert!(read(&node, 0, expected.len()).unwrap() == expected);
     assert_eq!(faults("vpc", &top), (0, 0));
+    let dir = tempfile::tempdir().unwrap();
+    let names = ["top.vhd", "disk", "base.vhd"].map(|name| dir.path().join(name).to_str().unwrap().to_owned());
+    for (name, bytes) in names.iter().zip([&content(&top), &expected, &content(&base)]) {
+        std::fs::write(name, bytes).unwrap();
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let python = root.join("target/judges/python/bin/python3");
+    if judge("a_differencing_vhd_shows_its_parent_sector_by_sector", python.to_str().unwrap()) {
+        let [top, disk, base] = &names;
+        let script = root.join("tests/python/readers.py");
+        let said = run(python.to_str().unwrap(), &[script.to_str().unwrap(), "vpc", top, disk, base]);
+        assert_eq!(said, format!("libyal same {size}\n"));
+    }
 }
 
 #[test]

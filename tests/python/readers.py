@@ -4,7 +4,8 @@
 Usage: readers.py FORMAT IMAGE DISK [EXTENT...]
 
 Prints one line for each reader that knows the format: its name, and `same` if it reads what is in DISK, perhaps followed by zeroes,
-`other` if it reads anything else, or `-` and why it does not read this image. EXTENTs are the image's other files, in order.
+`other` if it reads anything else, or `-` and why it does not read this image. EXTENTs are the image's other files, in order; of a
+VHD, its parent.
 """
 
 import pathlib
@@ -32,6 +33,8 @@ def dissect(kind, path, files):
     elif kind == "vdi":
         disk = vdi.VDI(open(path, "rb"))
     elif kind == "vpc":
+        if files:
+            raise LookupError
         disk = vhd.VHD(open(path, "rb"))
     else:
         disk = vmdk.VMDK([pathlib.Path(name) for name in files or [path]])
@@ -54,6 +57,10 @@ def libyal(kind, path, files):
     else:
         raise LookupError
     disk.open(path)
+    if kind == "vpc" and files:
+        parent = pyvhdi.file()
+        parent.open(files[0])
+        disk.set_parent(parent)
     if kind == "vmdk":
         disk.open_extent_data_files_as_file_objects([open(name, "rb") for name in files or [path]])
     return content(type("Stream", (), {"read": lambda _, n: disk.read_buffer(n)})(), disk.get_media_size())
