@@ -7,7 +7,9 @@ mod harness;
 mod reconnecting;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
@@ -17,6 +19,7 @@ use std::time::Duration;
 use harness::{DOORLESS, Scratch, doorless, judges, noise, open_fds, run};
 use manager::service::{Answer, Request, Shown, ask};
 use reconnecting::Client;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -39,12 +42,18 @@ impl Manager {
     }
 
     fn spawn(scratch: &Scratch, environment: &[(&str, &str)]) -> (Child, BufReader<ChildStderr>) {
+        Manager::spawn_by(&[], scratch, environment)
+    }
+
+    /// Started by a program that gives way to what its last arguments say.
+    fn spawn_by(starter: &[&str], scratch: &Scratch, environment: &[(&str, &str)]) -> (Child, BufReader<ChildStderr>) {
         if !scratch.path("policy").exists() {
             write_policy(scratch, "read-write");
         }
         let (policy, audit, directory) = (scratch.name("policy"), scratch.name("audit"), scratch.name("run"));
-        let mut command = Command::new(DOORLESS);
-        command.args(["manager", "--policy", &policy, "--audit", &audit, "--directory", &directory]);
+        let line = [starter, &[DOORLESS]].concat();
+        let mut command = Command::new(line[0]);
+        command.args(&line[1..]).args(["manager", "--policy", &policy, "--audit", &audit, "--directory", &directory]);
         let mut process = command.envs(environment.iter().copied()).stderr(Stdio::piped()).spawn().unwrap();
         let words = BufReader::new(process.stderr.take().unwrap());
         let socket = scratch.path("run/manager.sock");
@@ -358,6 +367,77 @@ fn a_service_manager_is_told_and_given_the_sockets() {
     assert_eq!([heard(), heard()], ["FDSTORE=1\nFDNAME=vm.monitor\n", "FDSTORE=1\nFDNAME=vm.nbd\n"]);
     manager.ask(&Request::Stop { name: "vm".into() });
     assert_eq!([heard(), heard()], ["FDSTOREREMOVE=1\nFDNAME=vm.monitor\n", "FDSTOREREMOVE=1\nFDNAME=vm.nbd\n"]);
+}
+
+/// A descriptor that came with a notification, and its name.
+fn stored(notify: &UnixDatagram) -> (String, OwnedFd) {
+    let (mut text, mut space) = ([0; 256], [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))]);
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let got = recvmsg(notify, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+    let text = str::from_utf8(&text[..got.bytes]).unwrap();
+    let name = text.strip_prefix("FDSTORE=1\nFDNAME=").unwrap().trim_end().to_owned();
+    let fds = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    (name, fds.flatten().next().unwrap())
+}
+
+#[test]
+fn the_service_manager_s_sockets_bring_a_daemon_back_that_cannot_be_traced() {
+    let test = "the_service_manager_s_sockets_bring_a_daemon_back_that_cannot_be_traced";
+    if !may_trace(test) || !judges(test, &["setpriv", "bash"]) {
+        return;
+    }
+    let blind = ["setpriv", "--bounding-set=-sys_ptrace"];
+    let scratch = Scratch::new();
+    fs::create_dir(scratch.path("disks")).unwrap();
+    let image = scratch.path("disks/c");
+    fs::write(&image, vec![0; 64 * reconnecting::BLOCK]).unwrap();
+    let notify = UnixDatagram::bind(scratch.path("notify")).unwrap();
+    let told = scratch.name("notify");
+    let environment = [("NOTIFY_SOCKET", told.as_str())];
+    let (process, words) = Manager::spawn_by(&blind, &scratch, &environment);
+    let mut manager = Manager { scratch, process, words };
+    notify.recv(&mut [0; 256]).unwrap();
+    manager.ask(&start("vm"));
+    let kept = [stored(&notify), stored(&notify)];
+    manager.attach("vm", "disk", "disks/c");
+    let mut client = Client::new(&manager.scratch.path("run/vm.sock"), "disk", 64, 7);
+    client.work();
+    let before = manager.list();
+    let mut ended = |manager: &mut Manager| {
+        manager.process.kill().unwrap();
+        manager.process.wait().unwrap();
+        client.work();
+        assert_eq!(client.pauses, [], "the daemon serves on");
+    };
+    ended(&mut manager);
+    // Without its sockets nobody can keep it.
+    (manager.process, manager.words) = Manager::spawn_by(&blind, &manager.scratch, &environment);
+    let word = manager.word();
+    assert!(word.contains("cannot be asked for its monitor's socket: that takes the right to trace it"), "{word}");
+    ended(&mut manager);
+    for (_, fd) in &kept {
+        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).unwrap();
+    }
+    let [(first, one), (second, two)] = &kept;
+    let passing = format!(
+        "exec 3<&{} 4<&{}; export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES={first}:{second}; exec \"$@\"",
+        one.as_raw_fd(),
+        two.as_raw_fd()
+    );
+    let starter = [&["bash", "-c", &passing, "bash"], &blind[..]].concat();
+    (manager.process, manager.words) = Manager::spawn_by(&starter, &manager.scratch, &environment);
+    assert_eq!(manager.word(), "doorless manager: adopted the daemon 'vm'");
+    assert_eq!(before[0].pid, manager.list()[0].pid);
+    // And what it adopted it keeps.
+    kill_process(Pid::from_raw(before[0].pid.unwrap().cast_signed()).unwrap(), Signal::KILL).unwrap();
+    assert!(manager.word().contains("the daemon, process "));
+    assert!(manager.word().contains("serves in its place"));
+    client.work();
+    assert_eq!(client.pauses.len(), 1);
+    client.check_all(&fs::read(&image).unwrap());
 }
 
 #[test]

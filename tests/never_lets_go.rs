@@ -357,6 +357,22 @@ fn a_guest_works_on_over_upgrades_on_the_connection_that_it_has() {
 }
 
 #[test]
+fn a_guest_with_as_many_queues_as_there_can_be_goes_on_over_an_upgrade() {
+    let scratch = Scratch::new();
+    let (image, socket) = (scratch.name("image"), scratch.path("vhost"));
+    fs::write(&image, vec![0; 64 * BLOCK]).unwrap();
+    let mut kept = Kept::start(&["--format", "raw", &image, "--vhost-user", text(&socket), "--queues", "128"]);
+    let memory = Memory::new(128);
+    let mut front = FrontEnd::start(&socket, &memory, Options { queues: 128, ..Options::default() });
+    kept.upgrade();
+    for (queue, mark) in (0..128_usize).zip(0_u8..) {
+        let ask = |kind| Ask::new(kind, queue as u64 % 64 * 8, 4096);
+        assert_eq!(front.one_on(queue, ask(kind::WRITE), &[mark; 4096]).0, 0);
+        assert!(front.one_on(127 - queue, ask(kind::READ), &[]) == (0, vec![mark; 4096]));
+    }
+}
+
+#[test]
 fn an_upgrade_to_what_is_no_daemon_changes_nothing() {
     let scratch = Scratch::new();
     let (program, image, socket) = (scratch.name("doorless"), scratch.name("image"), scratch.path("nbd"));

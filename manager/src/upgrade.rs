@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use qmp::ClientError;
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType, recvmsg, socketpair,
 };
@@ -22,6 +23,8 @@ use crate::{Error, Result};
 
 /// Descriptors in one message (`SCM_MAX_FD` of the kernel).
 const MOST_FDS: usize = 253;
+/// What is asked for as a socket's buffer, bytes.
+const ROOM: usize = 4 << 20;
 /// How long requests may take to end.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -54,6 +57,8 @@ fn way_out(old: &mut Daemon, name: &str) -> Result<OwnedFd> {
     let failed = Error::process("could not prepare for the clients to move");
     let pair = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
     let (ours, theirs) = pair.map_err(|e| failed(e.into()))?;
+    // As much as the host allows: nobody reads before everything is sent.
+    let _ = set_socket_send_buffer_size(&theirs, ROOM);
     old.execute("getfd", json!({ "fdname": name }), &[theirs.as_fd()])?;
     Ok(ours)
 }
