@@ -106,6 +106,19 @@ pub fn run_root(kernel: &Kernel, scratch: &Scratch, drive: &str, append: &str) -
     run_initrd(kernel, scratch, &initrd, &disk)
 }
 
+/// Copies of the kernel and of an initramfs that runs `script`, for others to boot; the script's output goes to the serial console.
+pub fn boot_files(kernel: &Kernel, scratch: &Scratch, script: &str) -> (PathBuf, PathBuf) {
+    let image = scratch.path("vmlinuz");
+    fs::copy(&kernel.image, &image).unwrap();
+    (image, initrd(kernel, scratch, script))
+}
+
+/// What a script printed, from all that came over the serial console.
+pub fn said(serial: &str) -> Option<String> {
+    let (_, rest) = serial.split_once("BEGIN\n")?;
+    Some(rest.split_once("END 0")?.0.to_owned())
+}
+
 /// A guest that runs until it is killed, and its serial console.
 pub struct Running {
     child: Child,
