@@ -116,6 +116,7 @@ fn round(image: &File, writable: bool) -> f64 {
     children.insert("file", file.unwrap());
     let driver = (driver_named("qcow2").unwrap().open)(OpenRequest {
         descriptor: None,
+        files: Vec::new(),
         filename: String::new(),
         children,
         detached: [].into(),

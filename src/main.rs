@@ -15,6 +15,7 @@ mod serve;
 mod service;
 mod table;
 mod top;
+mod vvfat;
 
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;

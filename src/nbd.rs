@@ -14,6 +14,7 @@ use ::img::secrets::Secrets;
 use anyhow::{Context, bail, ensure};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use manager::chain::Policy;
+use manager::directory;
 use manager::inspector::Program;
 use manager::kept::Restarts;
 use manager::serve::{End, ExportOptions, Listen, Request, serve};
@@ -29,7 +30,7 @@ const PORT: u16 = 10809;
 #[derive(Parser)]
 #[command(disable_version_flag = true, args_override_self = true)]
 struct Options {
-    /// The disk image.
+    /// The disk image; or `fat:[12:|16:|32:][floppy:]DIR` for a directory as a FAT disk.
     image: Option<PathBuf>,
     /// Print the version.
     #[arg(short = 'V', long)]
@@ -206,7 +207,8 @@ impl Options {
         }
         let direct = self.nocache || self.cache.as_deref() == Some("none");
         let (read_only, snapshot) = (self.read_only, self.snapshot);
-        let policy = Policy { format, direct, read_only, snapshot, ..Policy::default() };
+        let (image, format, vvfat) = crate::vvfat::spelled(&image, format, directory::Options::default())?;
+        let policy = Policy { format, vvfat, direct, read_only, snapshot, ..Policy::default() };
         let export = ExportOptions {
             name: self.export_name,
             description: self.description,

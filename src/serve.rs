@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use manager::chain::Policy;
+use manager::directory;
 use manager::fuse::AllowOther;
 use manager::kept::Restarts;
 use manager::serve::{DeviceOptions, End, ExportOptions, FileOptions, Happening, Listen, Request, Served, serve, uri};
@@ -17,12 +18,21 @@ use crate::{Confinement, PrivateSocket};
 /// Options of `serve`.
 #[derive(Args)]
 pub struct Options {
-    /// The disk image.
+    /// The disk image; or `fat:DIR` for a directory as a FAT disk, as in QEMU (`fat:[12:|16:|32:][floppy:]DIR`).
     image: PathBuf,
     /// Its format, for example `raw` or `qcow2`; without it a confined process looks for a magic number. Say `raw` for a disk
     /// whose first sector a guest can write.
     #[arg(long, short)]
     format: Option<String>,
+    /// With --format vvfat, which makes a FAT disk of a directory: bits of its table, 12, 16 or 32.
+    #[arg(long, value_name = "BITS", value_parser = clap::value_parser!(u8).range(12..=32))]
+    fat_type: Option<u8>,
+    /// With --format vvfat: a floppy disk.
+    #[arg(long)]
+    floppy: bool,
+    /// With --format vvfat: the volume label.
+    #[arg(long, value_name = "TEXT")]
+    label: Option<String>,
     /// Format of backing files whose overlay does not say.
     #[arg(long, value_name = "FORMAT")]
     backing_format: Option<String>,
@@ -105,10 +115,16 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let tls = options.tls_creds.as_deref();
     let tls = tls.map_or_else(Tls::default, |dir| Tls::directory(dir, options.tls_any_client, &options.tls_client));
     let scheme = if tls.is_on() { "nbds" } else { "nbd" };
+    let fat = directory::Options { fat_type: options.fat_type, floppy: options.floppy, label: options.label.clone() };
+    let (image, format, vvfat) = crate::vvfat::spelled(&options.image, options.format.clone(), fat.clone())?;
+    if fat != directory::Options::default() && format.as_deref() != Some(directory::FORMAT) {
+        bail!("--fat-type, --floppy and --label are for directories: say --format vvfat");
+    }
     let request = Request {
-        image: options.image.clone(),
+        image,
         policy: Policy {
-            format: options.format.clone(),
+            format,
+            vvfat,
             backing_format: options.backing_format.clone(),
             read_only: options.read_only,
             snapshot: options.snapshot,

@@ -16,7 +16,9 @@ use crate::encryption::Encryption;
 use crate::gate::Hold;
 use crate::host::Descriptor;
 use crate::snapshot::Snapshots;
-use crate::{BlockNode, Error, Preallocation, Result, Secret, file, luks, nbd, qcow2, raw, read_only, vdi, vmdk, vpc};
+use crate::{
+    BlockNode, Error, Preallocation, Result, Secret, file, luks, nbd, qcow2, raw, read_only, vdi, vmdk, vpc, vvfat,
+};
 
 /// Every format, one line each: `blockdev-add`'s schema, its options and the reference docs follow from it.
 pub const DRIVERS: &[DriverEntry] = &[
@@ -36,6 +38,7 @@ pub const DRIVERS: &[DriverEntry] = &[
     read_only::VHDX,
     vmdk::ENTRY,
     vpc::ENTRY,
+    vvfat::ENTRY,
 ];
 
 /// The driver called `name`, exactly.
@@ -67,12 +70,17 @@ pub struct DriverEntry {
 impl DriverEntry {
     /// Whether it is a format of what another node holds.
     pub fn is_format(&self) -> bool {
-        !self.takes_descriptor && self.socket().is_none()
+        !self.takes_descriptor && self.socket().is_none() && self.directory().is_none()
     }
 
     /// The option that takes a socket, if there is one.
     pub fn socket(&self) -> Option<&OptionSpec> {
         self.options.iter().find(|option| option.kind == OptionKind::Socket)
+    }
+
+    /// The option that takes a set of descriptors for a directory, if there is one.
+    pub fn directory(&self) -> Option<&OptionSpec> {
+        self.options.iter().find(|option| option.kind == OptionKind::Directory)
     }
 }
 
@@ -141,6 +149,8 @@ pub enum OptionKind {
     Seconds,
     /// A passed socket, by its name.
     Socket,
+    /// A set of passed descriptors that stands for a directory; the caller opens all of it.
+    Directory,
     /// Text.
     Str,
     /// The id of an object that holds a secret; the caller looks it up.
@@ -158,7 +168,7 @@ pub enum OptionValue {
     Bool(bool),
     /// For [`OptionKind::Size`] and [`OptionKind::Seconds`].
     Size(u64),
-    /// For [`OptionKind::Str`], [`OptionKind::Socket`] and [`OptionKind::OverlapCheck`].
+    /// For [`OptionKind::Str`], [`OptionKind::Socket`], [`OptionKind::Directory`] and [`OptionKind::OverlapCheck`].
     Str(String),
     /// For [`OptionKind::Secret`] and [`OptionKind::LuksSecret`].
     Secret(Secret),
@@ -174,6 +184,8 @@ pub type Children = BTreeMap<&'static str, Arc<BlockNode>>;
 pub struct OpenRequest {
     /// The descriptor, for drivers with [`DriverEntry::takes_descriptor`]; its access mode already fits `writable`.
     pub descriptor: Option<Descriptor>,
+    /// The descriptors with their paths, for drivers with a [`DriverEntry::directory`]; they can be read.
+    pub files: Vec<(String, Descriptor)>,
     /// What the user called the descriptor (QAPI's `filename`): for messages and queries, never opened.
     pub filename: String,
     /// The nodes it is built from.

@@ -122,8 +122,10 @@ impl Graph {
         };
         let options = spec.options;
         let alarm = self.alarm.for_host(spec.host.as_ref().and_then(Host::lost));
+        let files = spec.host.as_mut().map(Host::files).unwrap_or_default();
         let request = |descriptor| OpenRequest {
             descriptor,
+            files,
             filename: filename.clone(),
             children,
             detached: spec.detached,
@@ -133,7 +135,8 @@ impl Graph {
             node_name: name.clone(),
             alarm: alarm.clone(),
         };
-        let descriptor = spec.host.as_mut().map(|host| host.first(spec.access.writable, &name)).transpose();
+        let single = spec.host.as_mut().filter(|host| !host.is_directory());
+        let descriptor = single.map(|host| host.first(spec.access.writable, &name)).transpose();
         match descriptor.and_then(|descriptor| (driver.open)(request(descriptor))) {
             Ok(opened) => {
                 let flushes = spec.host.as_ref().is_none_or(Host::flushes);

@@ -27,12 +27,14 @@ pub struct Host {
     /// Whether flushes reach the disk.
     flushing: bool,
     lost: Option<Lost>,
+    /// What stands for a directory, until the driver has it.
+    files: Option<Vec<(String, Descriptor)>>,
 }
 
 impl Host {
     /// Descriptors come from `open`.
     pub fn new(open: Opener, auto_read_only: bool, locking: bool) -> Host {
-        Host { open, auto_read_only, writable: false, locking, flushing: true, lost: None }
+        Host { open, auto_read_only, writable: false, locking, flushing: true, lost: None, files: None }
     }
 
     /// The same, but a flush does nothing: whoever has the file brings it to disk (QAPI's `cache.no-flush`).
@@ -62,6 +64,21 @@ impl Host {
         Host { lost: Some(lost), ..Host::new(Box::new(take), false, false) }
     }
 
+    /// A directory: descriptors that can be read, with their paths.
+    pub fn directory(files: Vec<(String, Descriptor)>) -> Host {
+        let none = |_: bool, _: &str| Err(Error::invalid("a directory is not one descriptor"));
+        Host { files: Some(files), ..Host::new(Box::new(none), false, false) }
+    }
+
+    pub(crate) fn is_directory(&self) -> bool {
+        self.files.is_some()
+    }
+
+    /// The descriptors of a directory, once.
+    pub(crate) fn files(&mut self) -> Vec<(String, Descriptor)> {
+        self.files.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
     /// Whom to tell that the connection is lost.
     pub(crate) fn lost(&self) -> Option<Lost> {
         self.lost.clone()
@@ -83,8 +100,8 @@ impl Host {
 
     /// Follows a node that becomes writable or read-only.
     pub(crate) fn reopen(&mut self, node: &BlockNode, writable: bool, demand: Demand) -> Result<()> {
-        if self.lost.is_some() {
-            // A socket serves both ways.
+        if self.lost.is_some() || self.is_directory() {
+            // A socket serves both ways, a directory only one, as its driver says.
             return Ok(());
         }
         let wanted = writable && (!self.auto_read_only || demand.writes);

@@ -57,6 +57,7 @@ fn open(entry: &DriverEntry, children: Children) -> Result<Box<dyn Driver>> {
     let (filename, node_name) = (file.filename().to_owned(), file.name().to_owned());
     (entry.open)(OpenRequest {
         descriptor: None,
+        files: Vec::new(),
         filename,
         children,
         detached: ["backing"].into(),

@@ -42,6 +42,7 @@ pub mod stats;
 mod vdi;
 mod vmdk;
 mod vpc;
+mod vvfat;
 
 pub use alarm::{Alarm, Corruption};
 pub use claims::{Claim, Demand, Use, User, Writes};

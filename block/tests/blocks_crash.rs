@@ -42,6 +42,7 @@ fn open(format: &str, file: Arc<BlockNode>) -> block::Result<BlockNode> {
     let entry = driver_named(format).unwrap();
     let driver = (entry.open)(OpenRequest {
         descriptor: None,
+        files: Vec::new(),
         filename: String::new(),
         children: [("file", file)].into(),
         detached: [].into(),

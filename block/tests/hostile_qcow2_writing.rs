@@ -81,6 +81,7 @@ fn open_with(image: Vec<u8>, options: block::Options) -> block::Result<Opened> {
     children.insert("file", node);
     let driver = (driver_named("qcow2").unwrap().open)(OpenRequest {
         descriptor: None,
+        files: Vec::new(),
         filename: String::new(),
         children,
         detached: BTreeSet::new(),

@@ -160,6 +160,32 @@ impl FdSets {
         self.open_as(id, access, Some(opaque), Some(user.into()))
     }
 
+    /// Duplicates every descriptor of a set, the oldest first, each with its opaque text: for a set that stands for a whole
+    /// directory. One pass, however many there are.
+    ///
+    /// # Errors
+    /// Those of `open`, if one of them does not fit or cannot be duplicated: then none is kept.
+    pub fn open_all(&self, id: i64, access: Access, user: &str) -> Result<Vec<(Option<String>, Dup)>, Error> {
+        // Declared first: dups that are dropped take the lock, which is given up before.
+        let mut dups = Vec::new();
+        let mut state = self.shared.lock();
+        for (number, opaque) in state.all_fitting(id, access)? {
+            let found = state.numbered(number).ok_or(Error::FdNotFound { id, fd: number.into(), held: None })?;
+            let rights = found.rights;
+            let fd = fcntl_dupfd_cloexec(&found.fd, 0).map_err(|errno| Error::Dup {
+                id,
+                fd: number,
+                access,
+                rights,
+                source: errno.into(),
+            })?;
+            let serial =
+                state.track(id, DupInfo { number: fd.as_raw_fd(), opened_from: number, user: Some(user.into()) });
+            dups.push((opaque, Dup::new(fd, Ticket { sets: Arc::downgrade(&self.shared), set: id, serial }, number)));
+        }
+        Ok(dups)
+    }
+
     fn open_as(&self, id: i64, access: Access, opaque: Option<&str>, user: Option<Box<str>>) -> Result<Dup, Error> {
         let mut state = self.shared.lock();
         let found = state.find(id, access, opaque)?;

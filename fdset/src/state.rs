@@ -142,6 +142,26 @@ impl State {
         Err(Error::NoMatch { id, access, held: self.held(set) })
     }
 
+    /// Numbers and opaque texts of a set's descriptors, the oldest first, all of which `access` must match.
+    pub(crate) fn all_fitting(&self, id: i64, access: Access) -> Result<Vec<(i32, Option<String>)>, Error> {
+        let set = self.sets.get(&id).ok_or_else(|| Error::NoSuchSet { id, sets: self.seen() })?;
+        let mut all = Vec::with_capacity(set.fds.len());
+        for descriptor in self.table.oldest_first(&set.fds) {
+            let rights = descriptor.rights_now();
+            if !access.matches(rights) || !access.agrees_on_sync(rights) {
+                return Err(Error::NoMatch { id, access, held: self.held(set) });
+            }
+            let opaque = self.table.about(descriptor.number()).and_then(|about| about.opaque.clone());
+            all.push((descriptor.number(), opaque));
+        }
+        Ok(all)
+    }
+
+    /// The descriptor of this number.
+    pub(crate) fn numbered(&self, number: i32) -> Option<&Descriptor> {
+        self.table.at(number)
+    }
+
     /// Enters a dup of set `id`, and gives it a serial.
     pub(crate) fn track(&mut self, id: i64, info: DupInfo) -> u64 {
         let serial = self.serial();

@@ -191,7 +191,7 @@ fn driver(format: &str) -> Result<&'static str> {
 }
 
 fn driver_entry(format: &str) -> Result<&'static block::DriverEntry> {
-    let entry = block::driver_named(format).filter(|entry| !entry.takes_descriptor);
+    let entry = block::driver_named(format).filter(|entry| entry.is_format());
     entry.ok_or_else(|| block::Error::invalid(format!("Unknown driver '{}'", format.escape_debug())))
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::inspector::{Inspection, Program};
 use crate::opening::{Opened, Rights, open_beneath, open_named};
-use crate::{Error, Result, overlay};
+use crate::{Error, Result, directory, overlay};
 
 /// Most layers in a chain.
 const MAX_LAYERS: usize = 64;
@@ -26,6 +26,8 @@ pub struct Policy {
     pub direct: bool,
     /// Directories, besides the image's own, beneath which named files may be opened.
     pub allowed: Vec<PathBuf>,
+    /// Which disk a directory becomes, for the format `vvfat`.
+    pub vvfat: directory::Options,
 }
 
 /// A layer: an image, and where its data is if not in itself.
@@ -39,6 +41,8 @@ pub struct Layer {
     pub data_file: Option<Opened>,
     /// Its extents that are files of their own, in order.
     pub extents: Vec<Opened>,
+    /// What is in it, if it is a directory.
+    pub directory: Option<directory::Directory>,
 }
 
 /// A chain of layers, the top first.
@@ -95,6 +99,9 @@ impl Opener for ByWord {
 /// # Errors
 /// A file cannot be opened or may not be, an image is broken, the chain is too long or bites its tail.
 pub fn open(program: &Program, path: &Path, policy: &Policy) -> Result<Chain> {
+    if policy.format.as_deref() == Some(directory::FORMAT) {
+        return directory::open(path, &policy.vvfat);
+    }
     // What it is comes before where its neighbours may be.
     open_named(path, Rights::ReadOnly)?;
     let path = path.canonicalize().map_err(|source| Error::Open { path: path.to_owned(), purpose: "", source })?;
@@ -171,7 +178,7 @@ pub fn open_with(program: &Program, path: &Path, policy: &Policy, opener: &mut d
                 opened.bypass_cache()?;
             }
         }
-        layers.push(Layer { image, inspection, data_file, extents });
+        layers.push(Layer { image, inspection, data_file, extents, directory: None });
         match next {
             None if overlaid => {
                 let (overlay, notice) = overlay::make(program, layers[0].inspection.virtual_size)?;

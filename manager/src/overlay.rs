@@ -63,7 +63,7 @@ pub fn make(program: &Program, size: u64) -> Result<(Layer, Option<String>)> {
         extents: Vec::new(),
         cid: None,
     };
-    Ok((Layer { image, inspection, data_file: None, extents: Vec::new() }, notice))
+    Ok((Layer { image, inspection, data_file: None, extents: Vec::new(), directory: None }, notice))
 }
 
 /// A new file in `directory`, which has no name there.

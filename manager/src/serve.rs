@@ -12,7 +12,7 @@ use sys::signal::{self, Signals};
 
 use crate::chain::{self, Chain, Policy};
 use crate::daemon::Launch;
-use crate::disk;
+use crate::directory;
 use crate::fuse::{AllowOther, Attached, Mount};
 use crate::inspector::Program;
 use crate::journal::Carried;
@@ -129,7 +129,7 @@ pub struct Served {
 /// Any step's; nothing is left behind.
 pub fn serve(program: &Program, request: Request) -> Result<Served> {
     let Request { image, policy, listen, file, device, metrics, monitor, export, restarts } = request;
-    let chain = chain::open(program, &image, &policy)?;
+    let mut chain = chain::open(program, &image, &policy)?;
     let mut sockets = Sockets::default();
     let monitor = monitor.map(|path| sockets.listen(Listen::Unix(path))).transpose()?;
     let launch = Launch {
@@ -142,7 +142,8 @@ pub fn serve(program: &Program, request: Request) -> Result<Served> {
     };
     let mut kept = Kept::start(program, launch, restarts)?;
     kept.begin(DISK);
-    let node = disk::attach(&mut kept, &chain, DISK, export.discard)?;
+    let overlaid = policy.snapshot && !policy.read_only;
+    let node = directory::attach(program, &mut kept, &mut chain, DISK, export.discard, overlaid)?;
     let mut served = Served { kept, chain, file: None, sockets: Vec::new() };
     let node = served.part(node, &export)?;
     if let Some(place) = listen {

@@ -10,6 +10,7 @@ use ::img::secrets::Secrets;
 use anyhow::{bail, ensure};
 use clap::Args;
 use manager::chain::{Chain, Policy};
+use manager::directory::FORMAT;
 use manager::opening::{Opened, Rights, open_beneath, open_named};
 
 use super::asked::Asked;
@@ -112,7 +113,12 @@ impl Common {
             snapshot: false,
             allowed: self.allow.clone(),
             direct: asked.direct,
+            ..Policy::default()
         };
+        ensure!(
+            asked.format.as_deref() != Some(FORMAT),
+            "a directory is no image: doorless serve makes a FAT disk of it"
+        );
         let chain = manager::chain::open(&self.confinement.program(), &asked.path, &policy)?;
         if rights == Rights::ReadWrite && chain.layers[0].image.rights == Rights::ReadOnly {
             bail!("{} images can only be read", chain.layers[0].inspection.format);

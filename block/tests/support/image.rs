@@ -215,6 +215,7 @@ impl Made {
         }
         let driver = (driver_named("qcow2").unwrap().open)(OpenRequest {
             descriptor: None,
+            files: Vec::new(),
             filename: String::new(),
             children,
             detached: BTreeSet::new(),

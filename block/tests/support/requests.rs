@@ -61,6 +61,7 @@ pub fn with_a_full_disk(format: &str, kind: &str, image: &File, refused: u64) ->
     let entry = driver_named(format).unwrap();
     let driver = (entry.open)(OpenRequest {
         descriptor: None,
+        files: Vec::new(),
         filename: String::new(),
         children: [("file", file)].into(),
         detached: [].into(),

@@ -110,6 +110,10 @@ pub fn add_node(daemon: &mut Daemon, options: Map<String, Value>, inherited: Inh
         let socket = passed_socket(daemon, &options[option.name], spec.name.as_deref().unwrap_or_default())?;
         spec.host = Some(Host::socket(socket, daemon.remotes.lost()));
     }
+    if let Some(option) = driver.directory() {
+        spec.host =
+            Some(directory(daemon, text(option.name).unwrap_or_default(), spec.name.as_deref().unwrap_or_default())?);
+    }
     let mut nested = Vec::new();
     match attach_children(daemon, driver, options, direct, &mut spec, &mut nested)
         .and_then(|()| daemon.graph.add(spec).map_err(block_error))
@@ -205,6 +209,33 @@ fn host(daemon: &Daemon, filename: &str, direct: bool, auto_read_only: bool, loc
     Ok(Host::new(Box::new(open), auto_read_only, locking))
 }
 
+/// The files of the set that `dir` names, for `node`.
+fn directory(daemon: &Daemon, dir: &str, node: &str) -> Result<Host, Error> {
+    if !dir.starts_with(fdset::PREFIX) {
+        let shown: String = dir.chars().take(200).flat_map(char::escape_debug).collect();
+        return Err(Error::generic(format!(
+            "Could not open '{shown}': this daemon opens no files; open those of the directory yourself, pass the descriptors \
+             with add-fd, each with its path in the directory as opaque text, and give the dir /dev/fdset/ID"
+        )));
+    }
+    let set = fdset::path::set_id(dir);
+    let all = set.and_then(|set| daemon.fdsets.open_all(set, Access::READ_ONLY, node));
+    let all = all.map_err(|e| {
+        tracing::info!(dir, "{}", e.detail());
+        Error::generic(e.to_string())
+    })?;
+    let named = all.into_iter().map(|(opaque, dup)| {
+        let number = dup.opened_from();
+        let path = opaque.ok_or_else(|| {
+            Error::generic(format!(
+                "Descriptor {number} of {dir} has no opaque text, which is its path in the directory"
+            ))
+        })?;
+        Ok((path, Box::new(dup) as block::Descriptor))
+    });
+    Ok(Host::directory(named.collect::<Result<_, Error>>()?))
+}
+
 /// The socket that an address names, which must be a passed one, for `node`.
 ///
 /// # Errors
@@ -269,7 +300,7 @@ pub fn driver_options(
         let Some(value) = options.get(spec.name) else { continue };
         let value = match (spec.kind, value) {
             (OptionKind::Bool, Value::Bool(value)) => OptionValue::Bool(*value),
-            (OptionKind::Str, Value::String(value)) => OptionValue::Str(value.clone()),
+            (OptionKind::Str | OptionKind::Directory, Value::String(value)) => OptionValue::Str(value.clone()),
             (OptionKind::Size, value) => OptionValue::Size(value.as_u64().ok_or_else(|| {
                 Error::generic(format!("Value '{value}' is out of range for parameter '{}'", spec.name))
             })?),
@@ -290,7 +321,9 @@ pub fn driver_options(
                 OptionValue::Str(if all { "all" } else { "cached" }.into())
             }
             (OptionKind::Bool, _) => return Err(Error::invalid_type(spec.name, "boolean")),
-            (OptionKind::Str | OptionKind::Secret, _) => return Err(Error::invalid_type(spec.name, "string")),
+            (OptionKind::Str | OptionKind::Directory | OptionKind::Secret, _) => {
+                return Err(Error::invalid_type(spec.name, "string"));
+            }
         };
         checked.insert(spec.name, value);
     }

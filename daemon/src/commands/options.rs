@@ -138,11 +138,15 @@ fn members(driver: &DriverEntry) -> Vec<Member> {
             OptionKind::Size => Type::Int,
             OptionKind::Seconds => Type::Uint32,
             OptionKind::Socket => Type::Named("SocketAddress"),
-            OptionKind::Str | OptionKind::Secret => Type::Str,
+            OptionKind::Str | OptionKind::Directory | OptionKind::Secret => Type::Str,
             OptionKind::LuksSecret => Type::Named("BlockdevQcow2Encryption"),
             OptionKind::OverlapCheck => Type::Named("Qcow2OverlapChecks"),
         };
-        let make = if option.kind == OptionKind::Socket { Member::required } else { Member::optional };
+        let make = if matches!(option.kind, OptionKind::Socket | OptionKind::Directory) {
+            Member::required
+        } else {
+            Member::optional
+        };
         members.push(make(option.name, ty, option.summary));
     }
     members

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! QEMU's spelling of a directory that becomes a FAT disk: `fat:[12:|16:|32:][floppy:][rw:]DIR`.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
+use manager::directory::{FORMAT, Options};
+
+/// What is served: the path, its format if it is said, and which disk a directory becomes.
+///
+/// # Errors
+/// A directory that shall be written to, or one that is said to have another format.
+pub fn spelled(
+    image: &Path,
+    format: Option<String>,
+    mut options: Options,
+) -> anyhow::Result<(PathBuf, Option<String>, Options)> {
+    let Some(mut rest) = image.as_os_str().as_bytes().strip_prefix(b"fat:") else {
+        return Ok((image.to_owned(), format, options));
+    };
+    if let Some(format) = format.filter(|format| format != FORMAT) {
+        bail!("'{}' is a directory as a FAT disk, and cannot have the format {format}", image.display());
+    }
+    while let Some(colon) = rest.iter().position(|&byte| byte == b':') {
+        match &rest[..colon] {
+            b"12" => options.fat_type = Some(12),
+            b"16" => options.fat_type = Some(16),
+            b"32" => options.fat_type = Some(32),
+            b"floppy" => options.floppy = true,
+            b"rw" => {
+                bail!("'rw:' is not supported by this version; --snapshot lets guests write to a copy that is lost")
+            }
+            _ => break,
+        }
+        rest = &rest[colon + 1..];
+    }
+    Ok((OsStr::from_bytes(rest).into(), Some(FORMAT.into()), options))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fat_disk_is_spelled_as_in_qemu() {
+        let spelled = |text: &str| spelled(Path::new(text), None, Options::default());
+        let (path, format, options) = spelled("fat:floppy:12:/tmp/a:b").unwrap();
+        assert_eq!((path, format.as_deref()), (PathBuf::from("/tmp/a:b"), Some(FORMAT)));
+        assert_eq!(options, Options { fat_type: Some(12), floppy: true, ..Options::default() });
+        assert_eq!(spelled("fat:dir").unwrap().0, PathBuf::from("dir"));
+        assert_eq!(spelled("fat.img").unwrap().1, None);
+        assert!(super::spelled(Path::new("fat:dir"), Some("raw".into()), Options::default()).is_err());
+    }
+}
