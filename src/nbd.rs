@@ -30,7 +30,7 @@ const PORT: u16 = 10809;
 #[derive(Parser)]
 #[command(disable_version_flag = true, args_override_self = true)]
 struct Options {
-    /// The disk image; or `fat:[12:|16:|32:][floppy:]DIR` for a directory as a FAT disk.
+    /// The disk image; or `fat:[12:|16:|32:][floppy:][rw:]DIR` for a directory as a FAT disk.
     image: Option<PathBuf>,
     /// Print the version.
     #[arg(short = 'V', long)]
@@ -208,6 +208,7 @@ impl Options {
         let direct = self.nocache || self.cache.as_deref() == Some("none");
         let (read_only, snapshot) = (self.read_only, self.snapshot);
         let (image, format, vvfat) = crate::vvfat::spelled(&image, format, directory::Options::default())?;
+        ensure!(!(vvfat.rw && (read_only || snapshot)), "'rw:' does not go with --read-only or --snapshot");
         let policy = Policy { format, vvfat, direct, read_only, snapshot, ..Policy::default() };
         let export = ExportOptions {
             name: self.export_name,
@@ -238,9 +239,11 @@ impl Options {
             ready.tell().context("could not go into the background")?;
         }
         let end = served.keep(&waiting, &successor, crate::serve::tell)?;
+        let written = if end == End::GivenUp { Ok(()) } else { crate::vvfat::write_back(&mut served) };
         let stopped = served.stop();
         drop(pid_file);
         stopped?;
+        written?;
         ensure!(end != End::GivenUp, "the confined daemon has died too often; its own message says why");
         Ok(())
     }

@@ -18,7 +18,7 @@ use crate::{Confinement, PrivateSocket};
 /// Options of `serve`.
 #[derive(Args)]
 pub struct Options {
-    /// The disk image; or `fat:DIR` for a directory as a FAT disk, as in QEMU (`fat:[12:|16:|32:][floppy:]DIR`).
+    /// The disk image; or `fat:DIR` for a directory as a FAT disk, as in QEMU (`fat:[12:|16:|32:][floppy:][rw:]DIR`).
     image: PathBuf,
     /// Its format, for example `raw` or `qcow2`; without it a confined process looks for a magic number. Say `raw` for a disk
     /// whose first sector a guest can write.
@@ -33,6 +33,9 @@ pub struct Options {
     /// With --format vvfat: the volume label.
     #[arg(long, value_name = "TEXT")]
     label: Option<String>,
+    /// With --format vvfat: let guests write; at the end, what they wrote is put into the directory.
+    #[arg(long, conflicts_with_all = ["read_only", "snapshot"])]
+    rw: bool,
     /// Format of backing files whose overlay does not say.
     #[arg(long, value_name = "FORMAT")]
     backing_format: Option<String>,
@@ -115,10 +118,14 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let tls = options.tls_creds.as_deref();
     let tls = tls.map_or_else(Tls::default, |dir| Tls::directory(dir, options.tls_any_client, &options.tls_client));
     let scheme = if tls.is_on() { "nbds" } else { "nbd" };
-    let fat = directory::Options { fat_type: options.fat_type, floppy: options.floppy, label: options.label.clone() };
+    let (fat_type, floppy, label, rw) = (options.fat_type, options.floppy, options.label.clone(), options.rw);
+    let fat = directory::Options { fat_type, floppy, label, rw };
     let (image, format, vvfat) = crate::vvfat::spelled(&options.image, options.format.clone(), fat.clone())?;
+    if vvfat.rw && (options.read_only || options.snapshot) {
+        bail!("'rw:' asks for a directory that is written to, and --read-only and --snapshot for one that is not");
+    }
     if fat != directory::Options::default() && format.as_deref() != Some(directory::FORMAT) {
-        bail!("--fat-type, --floppy and --label are for directories: say --format vvfat");
+        bail!("--fat-type, --floppy, --label and --rw are for directories: say --format vvfat");
     }
     let request = Request {
         image,
@@ -145,12 +152,14 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let uri = socket.map(|socket| uri(&socket, &options.name).replacen("nbd", scheme, 1));
     let missing = served.missing_layers()?;
     let _ = announce(&served, &missing, uri.as_deref(), vhost_user.as_deref());
-    match served.keep(&waiting, &successor, tell)? {
+    let end = served.keep(&waiting, &successor, tell)?;
+    let written = if end == End::GivenUp { Ok(()) } else { crate::vvfat::write_back(&mut served) };
+    match end {
         End::Signal => served.stop()?,
         End::Daemon => bail!("the daemon has ended; its own message says why"),
         End::GivenUp => bail!("the daemon has died too often (--restarts {})", options.restarts),
     }
-    Ok(())
+    written
 }
 
 /// Says on standard error what happened to the daemon.

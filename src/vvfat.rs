@@ -5,13 +5,15 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use manager::directory::{FORMAT, Options};
+use manager::serve::Served;
+use manager::written_back::Outcome;
 
 /// What is served: the path, its format if it is said, and which disk a directory becomes.
 ///
 /// # Errors
-/// A directory that shall be written to, or one that is said to have another format.
+/// It is said to have another format.
 pub fn spelled(
     image: &Path,
     format: Option<String>,
@@ -29,14 +31,30 @@ pub fn spelled(
             b"16" => options.fat_type = Some(16),
             b"32" => options.fat_type = Some(32),
             b"floppy" => options.floppy = true,
-            b"rw" => {
-                bail!("'rw:' is not supported by this version; --snapshot lets guests write to a copy that is lost")
-            }
+            b"rw" => options.rw = true,
             _ => break,
         }
         rest = &rest[colon + 1..];
     }
     Ok((OsStr::from_bytes(rest).into(), Some(FORMAT.into()), options))
+}
+
+/// Puts what guests wrote into the directory, if that was asked for, and says what came of it.
+///
+/// # Errors
+/// Something of it, or all, is not there.
+pub fn write_back(served: &mut Served) -> anyhow::Result<()> {
+    let Some(outcome) = served.write_back()? else { return Ok(()) };
+    let Outcome { written, removed, refused, unclean } = outcome;
+    eprintln!("doorless: written back: {written} files written, {removed} files and directories removed");
+    if unclean {
+        eprintln!("doorless: the guest had not unmounted the disk; what it had not written yet is missing");
+    }
+    for refusal in &refused {
+        eprintln!("doorless: {refusal}");
+    }
+    ensure!(refused.is_empty(), "{} changes of the guest were not made in the directory", refused.len());
+    Ok(())
 }
 
 #[cfg(test)]

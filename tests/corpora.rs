@@ -112,3 +112,8 @@ fn a_vhost_user_export_survives_the_rings_of_its_corpus() {
 fn formats_that_are_only_read_survive_their_corpus() {
     replay("read_only", fuzzed::read_only);
 }
+
+#[test]
+fn what_a_guest_makes_of_a_fat_disk_survives_its_corpus() {
+    replay("vvfat", fuzzed::vvfat);
+}

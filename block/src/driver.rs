@@ -16,6 +16,7 @@ use crate::encryption::Encryption;
 use crate::gate::Hold;
 use crate::host::Descriptor;
 use crate::snapshot::Snapshots;
+use crate::vvfat::Vvfat;
 use crate::{
     BlockNode, Error, Preallocation, Result, Secret, file, luks, nbd, qcow2, raw, read_only, vdi, vmdk, vpc, vvfat,
 };
@@ -510,6 +511,11 @@ pub trait Driver: Send + Sync {
 
     /// The node's bitmaps, for a format that can store them in the image.
     fn bitmaps(&self) -> Option<&Arc<Bitmaps>> {
+        None
+    }
+
+    /// The directory that it shows as a disk.
+    fn directory(&self) -> Option<&Vvfat> {
         None
     }
 

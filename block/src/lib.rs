@@ -70,3 +70,4 @@ pub use secret::Secret;
 pub use snapshot::{Snapshot, Snapshots};
 pub use sys::file::Wait;
 pub use vmdk::stream::Stream;
+pub use vvfat::{Change, ChangeKind, Changes, Vvfat};

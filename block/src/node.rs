@@ -12,6 +12,7 @@ use sys::file::{self, Wait};
 use crate::bitmap::{self, Bitmaps};
 use crate::driver::{Ask, Detail, Driver, Info, Mapping, Target, ZeroFlags};
 use crate::stats::Stats;
+use crate::vvfat::Vvfat;
 use crate::{Error, Preallocation, Result, Snapshots};
 
 /// Zeroes are written as data in pieces of this many bytes.
@@ -123,6 +124,11 @@ impl BlockNode {
 
     pub(crate) fn set_writable(&self, writable: bool) {
         self.writable.store(writable, Ordering::Relaxed);
+    }
+
+    /// The directory that it shows as a disk, for the driver `vvfat`.
+    pub fn directory(&self) -> Option<&Vvfat> {
+        self.driver.directory()
     }
 
     pub(crate) fn driver(&self) -> &dyn Driver {

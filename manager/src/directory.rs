@@ -4,20 +4,24 @@
 //! Nothing outside is reached: each name is opened beneath the directory that it was found in and through no link (openat2).
 //! What is no regular file is left out, and said.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Dir, FileType, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags};
+use rustix::fs::{Access, AtFlags, Dir, FileType, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Map, Value, json};
 
 use crate::chain::{Chain, Layer};
+use crate::daemon::Daemon;
 use crate::inspector::{Inspection, Program};
 use crate::journal::Carried;
 use crate::kept::Kept;
 use crate::opening::{Opened, Rights};
+use crate::written_back::{Known, Outcome, Target};
 use crate::{Error, Result, disk, overlay};
 
 /// Most files, and how deep they may lie.
@@ -40,6 +44,8 @@ pub struct Options {
     pub floppy: bool,
     /// The volume label.
     pub label: Option<String>,
+    /// Whether a guest writes to it, and what it wrote is put into the directory at the end.
+    pub rw: bool,
 }
 
 /// A directory's files.
@@ -49,7 +55,27 @@ pub struct Directory {
     files: Vec<(String, Opened)>,
     /// Directories in it, each with a `/` at its end.
     folders: Vec<String>,
+    /// The files as they are now.
+    known: BTreeMap<String, Known>,
     options: Options,
+}
+
+impl Directory {
+    /// Makes the changes that a guest has made to the disk `node` over this directory, which was opened as `root`.
+    pub(crate) fn write_back(&self, root: &File, daemon: &mut Daemon, node: &str) -> Result<Outcome> {
+        let folders = self.folders.iter().map(|folder| folder.trim_end_matches('/').to_owned()).collect::<Vec<_>>();
+        Target { root, files: &self.known, folders: &folders }.write_back(daemon, node, &below(node))
+    }
+
+    /// Whether what a guest writes is to be put into the directory.
+    pub(crate) fn is_written(&self) -> bool {
+        self.options.rw
+    }
+}
+
+/// The name of a directory's node under the overlay `name`.
+fn below(name: &str) -> String {
+    format!("{name}-layer1")
 }
 
 /// Opens all files beneath `path` for reading.
@@ -66,9 +92,24 @@ pub(crate) fn open(path: &Path, options: &Options) -> Result<Chain> {
     let root = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| failed(path, errno))?;
     let path = path.canonicalize().map_err(|source| Error::Open { path: path.to_owned(), purpose: "", source })?;
     let limit = raise_limit();
-    let mut walk = Walk { root: path.clone(), limit, files: Vec::new(), folders: Vec::new(), left_out: Vec::new() };
+    let mut walk = Walk {
+        root: path.clone(),
+        limit,
+        files: Vec::new(),
+        folders: Vec::new(),
+        known: BTreeMap::new(),
+        left_out: Vec::new(),
+    };
     walk.enter(&root, "", 0)?;
-    let Walk { files, folders, left_out, .. } = walk;
+    let Walk { files, folders, known, left_out, .. } = walk;
+    if options.rw {
+        let checked = rustix::fs::accessat(&root, ".", Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS);
+        checked.map_err(|errno| Error::Open {
+            path: path.clone(),
+            purpose: " to write to it",
+            source: errno.into(),
+        })?;
+    }
     let stat = rustix::fs::fstat(&root).map_err(|errno| failed(&path, errno))?;
     let inspection = Inspection {
         format: FORMAT.into(),
@@ -82,7 +123,7 @@ pub(crate) fn open(path: &Path, options: &Options) -> Result<Chain> {
     };
     let identity = (stat.st_dev, stat.st_ino);
     let image = Opened { file: root.into(), path, identity, rights: Rights::ReadOnly, device: false };
-    let directory = Some(Directory { files, folders, options: options.clone() });
+    let directory = Some(Directory { files, folders, known, options: options.clone() });
     let layer = Layer { image, inspection, data_file: None, extents: Vec::new(), directory };
     Ok(Chain { layers: vec![layer], notice: notice(&left_out) })
 }
@@ -107,6 +148,7 @@ struct Walk {
     limit: u64,
     files: Vec<(String, Opened)>,
     folders: Vec<String>,
+    known: BTreeMap<String, Known>,
     /// Names, and why.
     left_out: Vec<String>,
 }
@@ -173,6 +215,7 @@ impl Walk {
             let place = self.root.join(&path);
             let identity = (stat.st_dev, stat.st_ino);
             let opened = Opened { file: fd.into(), path: place, identity, rights: Rights::ReadOnly, device: false };
+            self.known.insert(path.clone(), Known::of(&stat));
             self.files.push((path, opened));
         }
         Ok(())
@@ -237,9 +280,9 @@ pub(crate) fn attach(
     let Some(Layer { inspection, directory: Some(directory), .. }) = chain.layers.first_mut() else {
         return disk::attach(daemon, chain, name, discard);
     };
-    let node = if overlaid { format!("{name}-layer1") } else { name.to_owned() };
+    let node = if overlaid { below(name) } else { name.to_owned() };
     let set = pass(daemon, directory)?;
-    let Options { fat_type, floppy, label } = &directory.options;
+    let Options { fat_type, floppy, label, rw: _ } = &directory.options;
     let mut options = Map::from_iter([
         ("driver".to_owned(), json!(FORMAT)),
         ("node-name".into(), json!(node)),

@@ -28,5 +28,6 @@ pub mod serve;
 pub mod service;
 pub mod tls;
 mod upgrade;
+pub mod written_back;
 
 pub use error::{Error, Result};

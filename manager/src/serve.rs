@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 use sys::signal::{self, Signals};
 
-use crate::chain::{self, Chain, Policy};
+use crate::chain::{self, Chain, Layer, Policy};
 use crate::daemon::Launch;
 use crate::directory;
 use crate::fuse::{AllowOther, Attached, Mount};
@@ -20,6 +20,7 @@ use crate::kept::{Death, Kept, Restarts, Verdict};
 use crate::listening::{Listening, SocketFile};
 use crate::opening::Rights;
 use crate::tls::Tls;
+use crate::written_back::Outcome;
 use crate::{Error, Result};
 
 /// The node of the one disk, and its NBD export's id.
@@ -137,12 +138,12 @@ pub fn serve(program: &Program, request: Request) -> Result<Served> {
         ends_with_clients: export.until_unused,
         background: export.background,
         attest: true,
-        deaf_to_terminal: file.is_some(),
+        deaf_to_terminal: file.is_some() || policy.vvfat.rw,
         ..Launch::default()
     };
     let mut kept = Kept::start(program, launch, restarts)?;
     kept.begin(DISK);
-    let overlaid = policy.snapshot && !policy.read_only;
+    let overlaid = (policy.snapshot || policy.vvfat.rw) && !policy.read_only;
     let node = directory::attach(program, &mut kept, &mut chain, DISK, export.discard, overlaid)?;
     let mut served = Served { kept, chain, file: None, sockets: Vec::new() };
     let node = served.part(node, &export)?;
@@ -340,6 +341,30 @@ impl Served {
                 }
             }
         }
+    }
+
+    /// For a directory that guests write to: closes the exports, and puts what was written into the directory. `None` for all
+    /// other disks. A daemon that has ended is started once more for it.
+    ///
+    /// # Errors
+    /// The guest's file system is broken, or there is no daemon: then the directory is as it was.
+    pub fn write_back(&mut self) -> Result<Option<Outcome>> {
+        let Some(Layer { image, directory: Some(directory), .. }) = self.chain.layers.last() else { return Ok(None) };
+        if !directory.is_written() {
+            return Ok(None);
+        }
+        self.sockets.clear();
+        // While it is served: what programs have mapped is written back.
+        self.file = None;
+        if self.kept.pid().is_none() {
+            self.kept.revive()?.map_err(|(error, _)| error)?;
+        }
+        let daemon = self.kept.daemon()?;
+        let exports = daemon.execute("query-block-exports", json!({}), &[])?;
+        for export in exports.as_array().into_iter().flatten() {
+            daemon.end_export(&export["id"])?;
+        }
+        directory.write_back(&image.file, daemon, DISK).map(Some)
     }
 
     /// Ends the daemon, if there is one, properly, and removes the sockets.

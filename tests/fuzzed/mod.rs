@@ -9,6 +9,7 @@ mod nbd;
 mod nbd_client;
 mod read_only;
 mod vhost_user;
+mod vvfat;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -32,6 +33,7 @@ pub use nbd::{nbd_handshake, nbd_requests, nbd_tls, transmit};
 pub use nbd_client::{answered, nbd_client};
 pub use read_only::read_only;
 pub use vhost_user::{vhost_user_messages, vhost_user_rings};
+pub use vvfat::vvfat;
 
 /// Bytes from a monitor's client, cut into messages.
 pub fn qmp_parser(data: &[u8]) {

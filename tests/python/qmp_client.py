@@ -76,7 +76,10 @@ async def main(path, disk, nbd):
         await refused(qmp, command, {"device": "n", "name": "s"}, said)
         tried.add(command)
     await refused(qmp, "blockdev-snapshot", {"node": "n", "overlay": "none"}, "Cannot find device='none'")
-    tried.update(("block_resize", "blockdev-snapshot"))
+    await refused(qmp, "vvfat-changes", {"node": "n", "base": "n"}, "is no node with the driver vvfat")
+    copy = {"job-id": "copy", "node": "n", "base": "n", "dir": "/dev/fdset/9"}
+    await refused(qmp, "vvfat-copy", copy, "Failed to find fdset /dev/fdset/9")
+    tried.update(("block_resize", "blockdev-snapshot", "vvfat-changes", "vvfat-copy"))
     for name in ("b", "c"):
         await run("block-dirty-bitmap-add", {"node": "n", "name": name})
     for verb in ("disable", "enable", "clear"):

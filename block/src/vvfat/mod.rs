@@ -6,9 +6,11 @@
 //! since reads as zeroes, and what was added is not there. Every chain is one run of clusters, so the table is worked out as it
 //! is read. The same files, names and times always give the same disk.
 //!
-//! A guest writes to a layer above; this one never changes.
+//! A guest writes to a layer above; this one never changes. [`Vvfat::changes`] tells what a guest has made of it there.
 
+mod changes;
 mod entries;
+mod guest;
 mod names;
 mod tree;
 mod volume;
@@ -22,6 +24,7 @@ use crate::driver::{
     ZeroFlags,
 };
 use crate::{Error, Result};
+pub use changes::{Change, ChangeKind, Changes};
 use names::Short;
 use tree::{Child, Tree};
 use volume::{Kind, SECTOR, Volume};
@@ -64,10 +67,13 @@ pub(crate) const ENTRY: DriverEntry = DriverEntry {
     open,
 };
 
-struct Vvfat {
+/// A directory as a disk.
+pub struct Vvfat {
     tree: Tree,
+    volume: Volume,
+    /// First clusters of the files, 0 for those that are empty.
+    starts: Vec<u32>,
     len: u64,
-    cluster: u32,
     table: Table,
     /// In order; what is between them is zeroes.
     segments: Vec<Segment>,
@@ -108,7 +114,7 @@ fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
     let floppy = request.options.get("floppy") == Some(&OptionValue::Bool(true));
     let tree = Tree::new(request.files)?;
     let volume = Volume::for_tree(&tree, kind, floppy)?;
-    Ok(Box::new(Vvfat::new(tree, &volume, &label)))
+    Ok(Box::new(Vvfat::new(tree, volume, &label)))
 }
 
 /// A volume label, in capitals and padded.
@@ -126,7 +132,7 @@ fn label(text: &str) -> Result<Short> {
 }
 
 impl Vvfat {
-    fn new(tree: Tree, volume: &Volume, label: &Short) -> Vvfat {
+    fn new(tree: Tree, volume: Volume, label: &Short) -> Vvfat {
         let cluster = volume.cluster_bytes();
         let clusters = |bytes: u64| u32::try_from(bytes.div_ceil(cluster.into())).unwrap_or(u32::MAX);
         let large = volume.kind == Kind::Fat32;
@@ -141,7 +147,6 @@ impl Vvfat {
             Child::File(number) => files[number],
         };
         let sector = |number: u32| u64::from(number) * u64::from(SECTOR);
-        let at = |first: u32| sector(volume.data()) + u64::from(first.saturating_sub(2)) * u64::from(cluster);
         let mut segments = Vec::new();
         let mut bytes = |start: u64, bytes: &[u8]| {
             segments.push(Segment { start, len: bytes.len() as u64, stored: Stored::Bytes(bytes.into()) });
@@ -157,7 +162,7 @@ impl Vvfat {
             }
         }
         for (number, &first) in folders.iter().enumerate() {
-            let start = if first == 0 { sector(volume.data() - volume.root) } else { at(first) };
+            let start = if first == 0 { sector(volume.data() - volume.root) } else { volume.cluster_at(first) };
             bytes(start, &entries::bytes(&tree, number, label, place));
         }
         for copy in [0, volume.table] {
@@ -166,12 +171,13 @@ impl Vvfat {
         }
         let content = tree.files.iter().enumerate().zip(&files).filter(|((_, file), _)| file.len > 0);
         segments.extend(content.map(|((number, file), &first)| Segment {
-            start: at(first),
+            start: volume.cluster_at(first),
             len: file.len.into(),
             stored: Stored::File(number),
         }));
         segments.sort_by_key(|segment| segment.start);
-        Vvfat { tree, len: sector(volume.disk), cluster, table, segments }
+        let len = sector(volume.disk);
+        Vvfat { tree, volume, starts: files, len, table, segments }
     }
 
     /// The segment that holds the byte at `offset`, or how many zeroes follow.
@@ -235,8 +241,12 @@ impl Driver for Vvfat {
         if writable { Err(Error::unsupported("a vvfat node is only read")) } else { Ok(()) }
     }
 
+    fn directory(&self) -> Option<&Vvfat> {
+        Some(self)
+    }
+
     fn info(&self) -> Info {
-        Info { cluster_size: Some(self.cluster.into()), ..Info::default() }
+        Info { cluster_size: Some(self.volume.cluster_bytes().into()), ..Info::default() }
     }
 }
 

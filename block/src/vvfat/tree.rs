@@ -13,10 +13,10 @@ use crate::host::Descriptor;
 use crate::{Error, Result};
 
 /// Most files and directories.
-const MOST: usize = 1 << 17;
+pub(super) const MOST: usize = 1 << 17;
 /// Longest path in bytes, and how deep it may lead.
-const LONGEST: usize = 4096;
-const DEEPEST: usize = 64;
+pub(super) const LONGEST: usize = 4096;
+pub(super) const DEEPEST: usize = 64;
 
 /// A directory's files and directories.
 pub(super) struct Tree {

@@ -78,6 +78,12 @@ impl Volume {
         self.per_cluster * SECTOR
     }
 
+    /// Where a cluster begins on the disk, in bytes.
+    pub(super) fn cluster_at(&self, cluster: u32) -> u64 {
+        let sector = u64::from(self.data()) + u64::from(cluster.saturating_sub(2)) * u64::from(self.per_cluster);
+        sector * u64::from(SECTOR)
+    }
+
     /// A volume of `disk` sectors; `floppy` has no partition and no gaps.
     fn new(kind: Kind, disk: u32, per_cluster: u32, root_entries: usize, floppy: bool) -> Volume {
         let start = if floppy { 0 } else { PARTITION };

@@ -9,7 +9,7 @@ use crate::state::Daemon;
 
 pub fn types() -> Vec<Definition> {
     vec![
-        words("JobType", &["create"], "The kinds of jobs."),
+        words("JobType", &["create", "vvfat-copy"], "The kinds of jobs."),
         words(
             "JobStatus",
             &["created", "running", "waiting", "pending", "aborting", "concluded", "null"],

@@ -25,6 +25,7 @@ mod snapshot;
 mod statistics;
 mod transaction;
 mod vhost_user;
+mod vvfat;
 
 use qmp::{Arguments, Command, Definition, Event, Member, Table, Type, Version};
 use serde_json::Value;
@@ -59,6 +60,7 @@ pub fn table() -> Table<Daemon> {
         statistics::types(),
         transaction::types(),
         vhost_user::types(),
+        vvfat::types(),
     ]
     .concat();
     let mut commands = vec![Command::new("quit", "Ends the daemon.", Arguments::NONE, quit)];
@@ -83,6 +85,7 @@ pub fn table() -> Table<Daemon> {
     commands.extend(transaction::commands());
     commands.extend(statistics::commands());
     commands.extend(metrics::commands());
+    commands.extend(vvfat::commands());
     Table::new(version, types, commands, events()).expect("the table is consistent: a test builds it")
 }
 
