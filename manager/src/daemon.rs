@@ -188,6 +188,25 @@ impl Daemon {
         Ok(())
     }
 
+    /// Closes all exports on their clients, and returns when there are none.
+    ///
+    /// # Errors
+    /// The daemon has gone.
+    pub fn end_exports(&mut self) -> Result<()> {
+        loop {
+            let exports = self.execute("query-block-exports", json!({}), &[])?;
+            let exports = exports.as_array().map_or(&[][..], Vec::as_slice);
+            if exports.is_empty() {
+                return Ok(());
+            }
+            for export in exports.iter().filter(|export| export["shutting-down"] != true) {
+                // One that ends by itself at this moment refuses; its end is told all the same.
+                let _ = self.execute("block-export-del", json!({ "id": export["id"], "mode": "hard" }), &[]);
+            }
+            self.next_event()?;
+        }
+    }
+
     /// Waits for the next event: its name and what it tells.
     ///
     /// # Errors

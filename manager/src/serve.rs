@@ -360,10 +360,7 @@ impl Served {
             self.kept.revive()?.map_err(|(error, _)| error)?;
         }
         let daemon = self.kept.daemon()?;
-        let exports = daemon.execute("query-block-exports", json!({}), &[])?;
-        for export in exports.as_array().into_iter().flatten() {
-            daemon.end_export(&export["id"])?;
-        }
+        daemon.end_exports()?;
         directory.write_back(&image.file, daemon, DISK).map(Some)
     }
 

@@ -15,6 +15,8 @@ use crate::{BlockNode, Error, Result, Wait};
 
 /// Most runs of clusters of all files: a disk that is more scattered is refused, not remembered.
 const MOST_RUNS: usize = 1 << 20;
+/// Most bytes of all paths together.
+const MOST_TEXT: usize = 32 << 20;
 /// Bytes of the table that are read at a time.
 const WINDOW: u64 = 64 << 10;
 
@@ -39,22 +41,30 @@ pub(super) fn read(node: &BlockNode, volume: &Volume) -> Result<FoundTree> {
     let words = usize::try_from(volume.clusters / 64 + 2).unwrap_or(0);
     let mut disk =
         Disk { node, volume, taken: vec![0; words], runs: 0, window: (u64::MAX, Vec::new()), found: FoundTree::new() };
-    let root = match volume.kind {
-        Kind::Fat32 => {
-            let runs = disk.chain(2, "/")?;
-            disk.bytes(&runs, "/")?
-        }
-        _ => disk.read(u64::from(volume.data() - volume.root) * u64::from(SECTOR), u64::from(volume.root * SECTOR))?,
-    };
-    // Not by recursion: how deep it goes is the guest's choice.
+    let root = if volume.kind == Kind::Fat32 { disk.chain(2, "/")? } else { Vec::new() };
+    // Not by recursion: how deep it goes is the guest's choice. Directories are read one at a time.
     let mut rest = vec![(String::new(), root, 0)];
-    while let Some((prefix, bytes, depth)) = rest.pop() {
+    let mut text = 0;
+    while let Some((prefix, runs, depth)) = rest.pop() {
+        let bytes = if runs.is_empty() {
+            let start = u64::from(volume.data() - volume.root) * u64::from(SECTOR);
+            disk.read(start, u64::from(volume.root * SECTOR))?
+        } else {
+            disk.bytes(&runs, &prefix)?
+        };
         let mut names = HashSet::new();
         for raw in entries(&bytes, depth > 0, &prefix)? {
             let path = format!("{prefix}{}", raw.name);
             check_name(&raw.name, &path, &mut names)?;
             if depth == DEEPEST || path.len() > LONGEST {
                 return Err(broken(&path, "lies too deep"));
+            }
+            text += path.len();
+            if text > MOST_TEXT {
+                return Err(broken(
+                    &path,
+                    &format!("is one too many: all paths together have at most {MOST_TEXT} bytes"),
+                ));
             }
             if disk.found.len() >= MOST {
                 return Err(broken(
@@ -64,8 +74,7 @@ pub(super) fn read(node: &BlockNode, volume: &Volume) -> Result<FoundTree> {
             }
             let found = if raw.folder {
                 let runs = disk.chain(raw.cluster, &path)?;
-                let bytes = disk.bytes(&runs, &path)?;
-                rest.push((format!("{path}/"), bytes, depth + 1));
+                rest.push((format!("{path}/"), runs.clone(), depth + 1));
                 Found { len: None, runs }
             } else {
                 let runs = if raw.cluster == 0 { Vec::new() } else { disk.chain(raw.cluster, &path)? };
