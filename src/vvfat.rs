@@ -45,7 +45,7 @@ pub fn spelled(
 /// Something of it, or all, is not there.
 pub fn write_back(served: &mut Served) -> anyhow::Result<()> {
     let Some(outcome) = served.write_back()? else { return Ok(()) };
-    let Outcome { written, removed, refused, unclean } = outcome;
+    let Outcome { written, removed, refused, unclean, .. } = outcome;
     eprintln!("doorless: written back: {written} files written, {removed} files and directories removed");
     if unclean {
         eprintln!("doorless: the guest had not unmounted the disk; what it had not written yet is missing");

@@ -5,7 +5,8 @@
 //! guest's file system and is not believed: every path is checked again and reached beneath the directory alone, through no
 //! link; a file is replaced or removed only if it is still the one that was passed; whatever else stands at a path stays.
 //! Files that are complete get their names one by one (rename), and what is removed is removed last: whenever this is cut
-//! short, each name leads to the old file or to the new one, and at worst a hidden temporary file is left.
+//! short, each name leads to the old file or to the new one, and at worst a hidden temporary file is left. Nothing is removed if
+//! something could not be written: it may be what the guest has moved there.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -52,6 +53,8 @@ pub struct Outcome {
     pub refused: Vec<String>,
     /// Whether the guest had the file system in use.
     pub unclean: bool,
+    /// Whether something that the guest has is nowhere in the directory.
+    is_lossy: bool,
 }
 
 /// A directory and what was passed of it.
@@ -99,10 +102,16 @@ impl Target<'_> {
                             batch.push(fresh);
                             continue;
                         }
-                        Err(e) => Err(e),
+                        Err(e) => {
+                            outcome.is_lossy = true;
+                            Err(e)
+                        }
                     }
                 }
                 (Some((parent, name)), "make-directory") => self.make_directory(parent, name),
+                (_, "delete" | "remove-directory") if outcome.is_lossy => {
+                    Err("it stays, because something else could not be written".to_owned())
+                }
                 (Some((parent, name)), "delete") => self.delete(path, parent, name).map(|()| outcome.removed += 1),
                 (Some((parent, name)), "remove-directory") => {
                     self.remove_directory(path, parent, name).map(|()| outcome.removed += 1)
@@ -174,8 +183,10 @@ impl Target<'_> {
                 Err(e) => Err(e.chain()),
             };
             match done {
-                Ok(()) => outcome.written += 1,
+                Ok(None) => outcome.written += 1,
+                Ok(Some(instead)) => outcome.refused.push(refusal(fresh.path, &instead)),
                 Err(why) => {
+                    outcome.is_lossy = true;
                     // It may have its name by now, and then it is not there under this one.
                     let _ = rustix::fs::unlinkat(&fresh.directory, &fresh.temporary, AtFlags::empty());
                     outcome.refused.push(refusal(fresh.path, &why));
@@ -185,8 +196,8 @@ impl Target<'_> {
         Ok(())
     }
 
-    /// Gives a file that is complete its name.
-    fn name(&self, fresh: &Fresh<'_>) -> std::result::Result<(), String> {
+    /// Gives a file that is complete its name, or another, and then tells why and which.
+    fn name(&self, fresh: &Fresh<'_>) -> std::result::Result<Option<String>, String> {
         let Fresh { path, directory, name, temporary, file, size, replaces } = fresh;
         let failed = |e: Errno| io::Error::from(e).to_string();
         let stat = rustix::fs::fstat(file).map_err(failed)?;
@@ -204,10 +215,12 @@ impl Target<'_> {
         }
         rustix::fs::fsync(file).map_err(failed)?;
         let why = match replaced {
-            Some(Ok(_)) => return rustix::fs::renameat(directory, temporary, directory, *name).map_err(failed),
+            Some(Ok(_)) => {
+                return rustix::fs::renameat(directory, temporary, directory, *name).map(|()| None).map_err(failed);
+            }
             Some(Err(why)) => why,
             None => match place(directory, temporary, name) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(None),
                 Err(Errno::EXIST) => "another is there".into(),
                 Err(e) => return Err(failed(e)),
             },
@@ -215,7 +228,7 @@ impl Target<'_> {
         let aside = format!("{name}{ASIDE}");
         place(directory, temporary, &aside)
             .map_err(|e| format!("{why}, and the guest's cannot be '{aside}': {}", failed(e)))?;
-        Err(format!("{why}; the guest's is '{aside}' now"))
+        Ok(Some(format!("{why}; the guest's is '{aside}' now")))
     }
 
     fn make_directory(&self, parent: &str, name: &str) -> std::result::Result<(), String> {
