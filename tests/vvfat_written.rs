@@ -4,6 +4,8 @@
 
 mod guest;
 mod harness;
+#[path = "harness/mounted.rs"]
+mod mounted;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -13,8 +15,9 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use guest::Kernel;
-use harness::{DOORLESS, Scratch, judges, noise, run};
+use harness::{DOORLESS, Scratch, TestDaemon, judges, noise, run};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 
 /// Where the partition of a hard disk begins.
 const PARTITION: u64 = 1 << 20;
@@ -23,6 +26,7 @@ const PARTITION: u64 = 1 << 20;
 struct Written {
     child: Child,
     uri: String,
+    daemon: i32,
 }
 
 impl Written {
@@ -42,7 +46,8 @@ impl Written {
         }
         // Nobody reads what else it says; the pipe has room for it.
         std::mem::forget(out);
-        Written { child, uri: manager::serve::uri(Path::new(&socket), "") }
+        let daemon = said.split("daemon: process ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
+        Written { child, uri: manager::serve::uri(Path::new(&socket), ""), daemon }
     }
 
     /// Ctrl-C: the exit status, and what is on standard error.
@@ -265,6 +270,89 @@ fn qemu_nbds_way_writes_back_when_the_last_client_has_left() {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success() && said.contains("1 files written"), "{said}");
     assert_eq!(fs::read_to_string(tree.join("new")).unwrap(), "new");
+}
+
+#[test]
+fn what_is_written_to_the_disk_as_a_file_is_in_the_directory_at_the_end() {
+    let test = "what_is_written_to_the_disk_as_a_file_is_in_the_directory_at_the_end";
+    if !tools(test) || !mounted::can_mount(test) {
+        return;
+    }
+    let scratch = Scratch::new();
+    let tree = scratch.path("tree");
+    make_tree(&tree);
+    fs::write(scratch.path("copy.raw"), "").unwrap();
+    let (file, dir) = (scratch.name("copy.raw"), tree.to_str().unwrap());
+    let served = Written::start(&scratch, &["--fuse", &file, "--rw", "--format", "vvfat", dir]);
+    fs::write(scratch.path("new"), noise(70_000, 5)).unwrap();
+    mtools(&scratch, "mcopy", &[&scratch.name("new"), "::/docs/a new one"]);
+    mtools(&scratch, "mdel", &["::/removed.txt"]);
+    let (status, said) = served.end();
+    assert!(status.success() && said.contains("1 files written, 1 files and directories removed"), "{said}");
+    assert_eq!(fs::read(tree.join("docs/a new one")).unwrap(), noise(70_000, 5));
+    assert!(!tree.join("removed.txt").exists());
+}
+
+#[test]
+fn what_guests_wrote_outlives_the_daemon() {
+    if !tools("what_guests_wrote_outlives_the_daemon") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let tree = scratch.path("tree");
+    make_tree(&tree);
+    let served = Written::start(&scratch, &[&format!("fat:rw:{}", tree.to_str().unwrap())]);
+    run("nbdcopy", &[&served.uri, &scratch.name("copy.raw")]);
+    fs::write(scratch.path("new"), noise(70_000, 6)).unwrap();
+    mtools(&scratch, "mcopy", &[&scratch.name("new"), "::/new"]);
+    run("nbdcopy", &["--flush", &scratch.name("copy.raw"), &served.uri]);
+    kill_process(Pid::from_raw(served.daemon).unwrap(), Signal::KILL).unwrap();
+    // Served by the next one, so it is there.
+    run("nbdcopy", &[&served.uri, &scratch.name("again.raw")]);
+    let (status, said) = served.end();
+    assert!(status.success() && said.contains("killed by signal 9") && said.contains("1 files written"), "{said}");
+    assert_eq!(fs::read(tree.join("new")).unwrap(), noise(70_000, 6));
+}
+
+#[test]
+fn changes_are_told_only_of_the_directorys_disk_and_when_nobody_writes() {
+    let scratch = Scratch::new();
+    fs::write(scratch.path("file"), "x").unwrap();
+    let open = |name: &str, len: u64| {
+        let file =
+            File::options().read(true).write(true).create(true).truncate(false).open(scratch.path(name)).unwrap();
+        if len > 0 {
+            file.set_len(len).unwrap();
+        }
+        file
+    };
+    let mut daemon = TestDaemon::start();
+    daemon.ok_with("add-fd", json!({ "fdset-id": 9, "opaque": "f" }), File::open(scratch.path("file")).unwrap());
+    let node =
+        json!({ "driver": "vvfat", "node-name": "fat", "read-only": true, "dir": "/dev/fdset/9", "floppy": true });
+    daemon.ok("blockdev-add", node);
+    daemon.add_node("short", "raw", open("short", 512), false);
+    daemon.add_node("disk", "raw", open("disk", 2880 * 512), false);
+    let changes = |node: &str, base: &str| json!({ "node": node, "base": base });
+    assert!(daemon.error("vvfat-changes", changes("disk", "short")).contains("no node with the driver vvfat"));
+    assert!(daemon.error("vvfat-changes", changes("none", "fat")).contains("Failed to find node"));
+    assert!(daemon.error("vvfat-changes", changes("short", "fat")).contains("does not have the size"));
+    assert!(daemon.error("vvfat-changes", changes("disk", "fat")).contains("the guest has formatted it"));
+    // The disk itself is a disk without changes, and others may read it meanwhile.
+    let none = daemon.ok("vvfat-changes", changes("fat", "fat"));
+    assert_eq!(none, json!({ "changes": [], "unclean": false }));
+    daemon.start_nbd();
+    daemon.export("disk", true);
+    let said = daemon.error("vvfat-changes", changes("disk", "fat"));
+    assert!(said.contains("export 'disk'"), "{said}");
+    // Copies go by path, and what is none is an error of the job.
+    daemon.ok_with("add-fd", json!({ "fdset-id": 5, "opaque": "../f" }), open("copy", 0));
+    daemon.ok("vvfat-copy", json!({ "job-id": "j", "node": "fat", "base": "fat", "dir": "/dev/fdset/5" }));
+    while daemon.daemon.next_event().unwrap()
+        != ("JOB_STATUS_CHANGE".into(), json!({ "id": "j", "status": "concluded" }))
+    {}
+    let jobs = daemon.ok("query-jobs", json!({}));
+    assert_eq!(jobs[0]["error"], "'../f' is no file on the guest's disk");
 }
 
 #[test]

@@ -223,6 +223,27 @@ fn missing_set_is_named_by_its_number() {
 }
 
 #[test]
+fn a_set_that_stands_for_a_directory_is_opened_whole_or_not_at_all() {
+    let (image, sets) = (Image::new(), FdSets::new());
+    for name in ["b", "a/c"] {
+        sets.add(image.read_only(), Some(3), Some(name.into())).unwrap();
+    }
+    let all = sets.open_all(3, Access::READ_ONLY, "disk").unwrap();
+    let names: Vec<_> = all.iter().map(|(name, _)| name.as_deref()).collect();
+    assert_eq!(names, [Some("b"), Some("a/c")]);
+    assert_eq!(sets.set(3).unwrap().dups().map(|dup| dup.user() == Some("disk")).collect::<Vec<_>>(), [true, true]);
+    drop(all);
+    sets.add(image.open(OFlags::RDWR), Some(3), None).unwrap();
+    let error = sets.open_all(3, Access::READ_ONLY, "disk").unwrap_err();
+    assert_eq!(error.to_string(), "Failed to find file descriptor with matching flags=0x0");
+    assert_eq!(sets.set(3).unwrap().dups().len(), 0);
+    assert_eq!(
+        sets.open_all(4, Access::READ_ONLY, "disk").unwrap_err().to_string(),
+        "Failed to find fdset /dev/fdset/4"
+    );
+}
+
+#[test]
 fn dup_is_close_on_exec_and_shares_the_description() {
     let (image, sets) = (Image::new(), FdSets::new());
     let client = image.read_only();
