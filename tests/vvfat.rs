@@ -354,6 +354,10 @@ fn a_snapshot_of_a_directory_is_written_to_and_the_directory_stays() {
     run("qemu-io", &["-f", "raw", "-c", "write -P 7 0 2M", "-c", "read -P 7 0 2M", &serve.uri]);
     assert!(serve.interrupt().success());
     assert!(content(&tree) == before);
+    let (status, _, errors) = harness::doorless(&["serve", "--direct", &format!("fat:{}", tree.to_str().unwrap())]);
+    assert!(!status.success() && errors.contains("through the host's cache"), "{errors}");
+    let (status, _, errors) = harness::doorless(&["serve", "--floppy", "--format", "raw", tree.to_str().unwrap()]);
+    assert!(!status.success() && errors.contains("are for directories"), "{errors}");
     let (status, _, errors) = harness::doorless(&["img", "info", "-f", "vvfat", tree.to_str().unwrap()]);
     assert!(!status.success(), "{DOORLESS} img: {errors}");
 }

@@ -100,6 +100,10 @@ impl Opener for ByWord {
 /// A file cannot be opened or may not be, an image is broken, the chain is too long or bites its tail.
 pub fn open(program: &Program, path: &Path, policy: &Policy) -> Result<Chain> {
     if policy.format.as_deref() == Some(directory::FORMAT) {
+        if policy.direct {
+            let text = "the files of a directory are read through the host's cache: serve it without O_DIRECT";
+            return Err(Error::Refused(text.into()));
+        }
         return directory::open(path, &policy.vvfat);
     }
     // What it is comes before where its neighbours may be.
