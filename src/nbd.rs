@@ -80,7 +80,8 @@ struct Options {
     /// The same as --cache=none.
     #[arg(short, long, conflicts_with = "cache")]
     nocache: bool,
-    /// How the host's files are read: `threads` is the only one so far.
+    /// Who waits for reads that the host's cache cannot answer: `threads` or `io_uring`; by default the latter if the
+    /// kernel lets it.
     #[arg(long, value_name = "MODE")]
     aio: Option<String>,
     /// Whether clients' discards reach the file: `ignore` (`off`, the default) or `unmap` (`on`).
@@ -222,6 +223,7 @@ impl Options {
             handshake_seconds: self.handshake_limit,
             until_unused: !self.persistent,
             background: ready.is_some(),
+            aio: self.aio,
         };
         let program = Program { executable: Program::THIS.into(), confinement: Vec::new() };
         let successor = program.successor();
@@ -272,10 +274,11 @@ impl Options {
         let kernel = "needs the kernel's nbd device, which no process of ours may open; use nbd-client on the socket";
         let later = "is not supported by this version";
         let other_cache = other(&self.cache, "writeback") && other(&self.cache, "none");
+        let other_aio = other(&self.aio, "threads") && other(&self.aio, "io_uring");
         let refused = [
             (self.load_snapshot.is_some(), "--load-snapshot", later),
             (other_cache, "--cache other than 'writeback' and 'none'", later),
-            (other(&self.aio, "threads"), "--aio other than 'threads'", later),
+            (other_aio, "--aio other than 'threads' and 'io_uring'", later),
             (other(&self.detect_zeroes, "off"), "--detect-zeroes other than 'off'", later),
             (self.tls_hostname.is_some(), "--tls-hostname", later),
             (self.selinux_label.is_some(), "--selinux-label", later),

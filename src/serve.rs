@@ -48,6 +48,10 @@ pub struct Options {
     /// Read and write past the host's cache (`O_DIRECT`).
     #[arg(long)]
     direct: bool,
+    /// Who waits for reads that the host's cache cannot answer: `threads`, `io_uring`, or `auto`: the latter if the
+    /// kernel lets it.
+    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = ["auto", "io_uring", "threads"])]
+    aio: String,
     /// Where to listen for NBD clients; by default, without --fuse and --vhost-user, in a directory that only this user can enter.
     #[arg(long, short = 'k', value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -143,7 +147,13 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         metrics: options.metrics.as_deref().map(scraped).transpose()?,
         device,
         monitor: options.monitor.as_deref().map(std::path::absolute).transpose()?,
-        export: ExportOptions { name: options.name.clone(), tls, discard: true, ..ExportOptions::default() },
+        export: ExportOptions {
+            name: options.name.clone(),
+            tls,
+            discard: true,
+            aio: Some(options.aio.clone()),
+            ..ExportOptions::default()
+        },
         restarts: Restarts { per_minute: options.restarts },
     };
     let successor = options.confinement.program().successor();

@@ -383,7 +383,6 @@ fn what_is_not_built_is_refused_by_name() {
         "--cache=directsync",
         "--cache=unsafe",
         "--aio=native",
-        "--aio=io_uring",
         "--detect-zeroes=on",
         "--object=secret,id=s",
         "--tls-hostname=h",

@@ -19,9 +19,26 @@ pub struct Workload {
     /// Writes, per cent.
     pub writes: u64,
     sequential: bool,
+    pub cache: Cache,
+}
+
+/// Where the host finds the disk's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cache {
+    /// All of them in its page cache.
+    Warm,
+    /// None of them there when the measurement begins.
+    Cold,
+    /// On the device, past the page cache (`O_DIRECT`).
+    Direct,
 }
 
 impl Workload {
+    /// The same past, or without, the page cache.
+    pub const fn cache(self, cache: Cache) -> Workload {
+        Workload { cache, ..self }
+    }
+
     pub const fn new(
         name: &'static str,
         format: Format,
@@ -30,11 +47,11 @@ impl Workload {
         connections: u64,
         writes: u64,
     ) -> Workload {
-        Workload { name, format, block, depth, connections, writes, sequential: false }
+        Workload { name, format, block, depth, connections, writes, sequential: false, cache: Cache::Warm }
     }
 
     pub const fn sequential(name: &'static str, format: Format, block: usize, depth: usize, writes: u64) -> Workload {
-        Workload { name, format, block, depth, connections: 1, writes, sequential: true }
+        Workload { name, format, block, depth, connections: 1, writes, sequential: true, cache: Cache::Warm }
     }
 }
 
@@ -77,8 +94,16 @@ pub fn make_disk(path: &Path, size: u64) {
     std::io::copy(&mut File::open(path).unwrap(), &mut std::io::sink()).unwrap();
 }
 
+/// Takes a file out of the page cache.
+fn evict(path: &Path) {
+    let file = File::open(path).unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    // Neighbours of what is read are not wanted: the load is random.
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).unwrap();
+}
+
 /// Runs a workload for a while.
-pub fn measure(server: &Running, workload: &Workload, length: Duration) -> Measured {
+pub fn measure(server: &Running, workload: &Workload, image: &Path, length: Duration) -> Measured {
     let mut first = Connection::open(&server.socket);
     if workload.format == Format::EmptyQcow2 {
         first.write(0, workload.block);
@@ -87,6 +112,9 @@ pub fn measure(server: &Running, workload: &Workload, length: Duration) -> Measu
     let start = server.started.elapsed();
     // Warms the server up: its metadata, and the processor's caches.
     run(server, workload, length / 8);
+    if workload.cache == Cache::Cold {
+        evict(image);
+    }
     let cpu_before = server.cpu();
     let began = Instant::now();
     let mut latencies = run(server, workload, length);

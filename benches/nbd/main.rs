@@ -13,7 +13,7 @@ mod servers;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use load::Workload;
+use load::{Cache, Workload};
 use report::Report;
 use servers::{Format, SERVERS, Server};
 
@@ -37,6 +37,14 @@ const WORKLOADS: &[Workload] = &[
     Workload::new("4k 70/30 qd32", Format::Raw, 4096, 32, 1, 30),
     Workload::sequential("256k read qd8", Format::Raw, 256 << 10, 8, 0),
     Workload::sequential("256k write qd8", Format::Raw, 256 << 10, 8, 100),
+    Workload::new("cold 4k randread qd1", Format::Raw, 4096, 1, 1, 0).cache(Cache::Cold),
+    Workload::new("cold 4k randread qd32", Format::Raw, 4096, 32, 1, 0).cache(Cache::Cold),
+    Workload::new("cold 4k 70/30 qd32", Format::Raw, 4096, 32, 1, 30).cache(Cache::Cold),
+    Workload::sequential("cold 256k read qd8", Format::Raw, 256 << 10, 8, 0).cache(Cache::Cold),
+    Workload::new("direct 4k randread qd1", Format::Raw, 4096, 1, 1, 0).cache(Cache::Direct),
+    Workload::new("direct 4k randread qd32", Format::Raw, 4096, 32, 1, 0).cache(Cache::Direct),
+    Workload::new("direct 4k randwrite qd32", Format::Raw, 4096, 32, 1, 100).cache(Cache::Direct),
+    Workload::sequential("direct 256k read qd8", Format::Raw, 256 << 10, 8, 0).cache(Cache::Direct),
     Workload::new("qcow2 4k randread qd32", Format::Qcow2, 4096, 32, 1, 0),
     Workload::new("qcow2 4k randread qd32 x2", Format::Qcow2, 4096, 32, 2, 0),
     Workload::new("qcow2 4k randwrite qd32", Format::Qcow2, 4096, 32, 1, 100),
@@ -80,8 +88,12 @@ fn main() {
                 if workload.format == Format::EmptyQcow2 {
                     servers::make_empty(&empty);
                 }
-                let running = server.start(image, workload.format, dir.path(), workload.writes == 0);
-                let measured = load::measure(&running, workload, Duration::from_secs(options.seconds));
+                let direct = workload.cache == Cache::Direct;
+                if !server.takes_part(workload.cache != Cache::Warm, direct) {
+                    continue;
+                }
+                let running = server.start(image, workload.format, dir.path(), workload.writes == 0, direct);
+                let measured = load::measure(&running, workload, image, Duration::from_secs(options.seconds));
                 report.add(round, workload.name, server.name, measured);
                 eprint!("\rround {round} of {}: {:<28} {:<22}", options.rounds, workload.name, server.name);
             }

@@ -31,7 +31,11 @@ pub struct Server {
     pub name: &'static str,
     program: &'static str,
     formats: &'static [Format],
-    arguments: fn(image: &str, format: &str, socket: &str, read_only: bool) -> Vec<String>,
+    arguments: fn(image: &str, format: &str, socket: &str, read_only: bool, direct: bool) -> Vec<String>,
+    /// Whether it can bypass the host's cache.
+    direct: bool,
+    /// Whether it is compared only where reads have to wait.
+    waiting_only: bool,
 }
 
 /// Ours first: ratios are ours against each of the others.
@@ -40,11 +44,28 @@ pub const SERVERS: &[Server] = &[
         name: "doorless",
         program: env!("CARGO_BIN_EXE_doorless"),
         formats: &[Format::Raw, Format::Qcow2, Format::EmptyQcow2],
-        arguments: |image, format, socket, read_only| {
+        direct: true,
+        waiting_only: false,
+        arguments: |image, format, socket, read_only, direct| {
             let mut arguments = words(&["serve", "--format", format, "--socket", socket, image]);
             if read_only {
                 arguments.push("--read-only".into());
             }
+            if direct {
+                arguments.push("--direct".into());
+            }
+            arguments
+        },
+    },
+    Server {
+        name: "doorless threads",
+        program: env!("CARGO_BIN_EXE_doorless"),
+        formats: &[Format::Raw, Format::Qcow2],
+        direct: true,
+        waiting_only: true,
+        arguments: |image, format, socket, read_only, direct| {
+            let mut arguments = (SERVERS[0].arguments)(image, format, socket, read_only, direct);
+            arguments.push("--aio=threads".into());
             arguments
         },
     },
@@ -52,12 +73,14 @@ pub const SERVERS: &[Server] = &[
         name: "qemu-storage-daemon",
         program: "qemu-storage-daemon",
         formats: &[Format::Raw, Format::Qcow2, Format::EmptyQcow2],
-        arguments: |image, format, socket, read_only| {
+        direct: true,
+        waiting_only: false,
+        arguments: |image, format, socket, read_only, direct| {
             let switch = if read_only { "on" } else { "off" };
             let writable = if read_only { "off" } else { "on" };
             words(&[
                 "--blockdev",
-                &format!("driver=file,node-name=file,filename={image},read-only={switch}"),
+                &format!("driver=file,node-name=file,filename={image},read-only={switch}{}", qemu_cache(direct)),
                 "--blockdev",
                 &format!("driver={format},node-name=disk,file=file,read-only={switch}"),
                 "--nbd-server",
@@ -71,8 +94,11 @@ pub const SERVERS: &[Server] = &[
         name: "qemu-nbd",
         program: "qemu-nbd",
         formats: &[Format::Raw, Format::Qcow2, Format::EmptyQcow2],
-        arguments: |image, format, socket, read_only| {
-            let mut arguments = words(&["-t", "-e", "16", "--cache=writeback", "-f", format, "-k", socket, image]);
+        direct: true,
+        waiting_only: false,
+        arguments: |image, format, socket, read_only, direct| {
+            let cache: &[&str] = if direct { &["--cache=none", "--aio=io_uring"] } else { &["--cache=writeback"] };
+            let mut arguments = words(&[&["-t", "-e", "16", "-f", format, "-k", socket, image], cache].concat());
             if read_only {
                 arguments.push("-r".into());
             }
@@ -83,7 +109,9 @@ pub const SERVERS: &[Server] = &[
         name: "nbdkit",
         program: "nbdkit",
         formats: &[Format::Raw],
-        arguments: |image, _, socket, read_only| {
+        direct: false,
+        waiting_only: false,
+        arguments: |image, _, socket, read_only, _| {
             let mut arguments = words(&["-f", "-U", socket]);
             if read_only {
                 arguments.push("-r".into());
@@ -101,10 +129,15 @@ pub const VHOST_USER: &[Server] = &[
         name: "doorless",
         program: env!("CARGO_BIN_EXE_doorless"),
         formats: &[Format::Raw, Format::Qcow2],
-        arguments: |image, format, socket, read_only| {
+        direct: true,
+        waiting_only: false,
+        arguments: |image, format, socket, read_only, direct| {
             let mut arguments = words(&["serve", "--format", format, "--vhost-user", socket, image]);
             if read_only {
                 arguments.push("--read-only".into());
+            }
+            if direct {
+                arguments.push("--direct".into());
             }
             arguments
         },
@@ -113,12 +146,14 @@ pub const VHOST_USER: &[Server] = &[
         name: "qemu-storage-daemon",
         program: "qemu-storage-daemon",
         formats: &[Format::Raw, Format::Qcow2],
-        arguments: |image, format, socket, read_only| {
+        direct: true,
+        waiting_only: false,
+        arguments: |image, format, socket, read_only, direct| {
             let switch = if read_only { "on" } else { "off" };
             let writable = if read_only { "off" } else { "on" };
             words(&[
                 "--blockdev",
-                &format!("driver=file,node-name=file,filename={image},read-only={switch}"),
+                &format!("driver=file,node-name=file,filename={image},read-only={switch}{}", qemu_cache(direct)),
                 "--blockdev",
                 &format!("driver={format},node-name=disk,file=file,read-only={switch}"),
                 "--export",
@@ -127,6 +162,11 @@ pub const VHOST_USER: &[Server] = &[
         },
     },
 ];
+
+/// The best that QEMU does past the cache.
+fn qemu_cache(direct: bool) -> &'static str {
+    if direct { ",cache.direct=on,aio=io_uring" } else { "" }
+}
 
 fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|&word| word.to_owned()).collect()
@@ -139,16 +179,22 @@ impl Server {
             || std::env::split_paths(&paths).any(|dir| dir.join(self.program).is_file())
     }
 
+    /// Whether it serves such a disk.
     pub fn reads(&self, format: Format) -> bool {
         self.formats.contains(&format)
     }
 
+    /// Whether it has a part in a comparison in which reads wait, or pass by the cache.
+    pub fn takes_part(&self, waits: bool, direct: bool) -> bool {
+        (waits || !self.waiting_only) && (self.direct || !direct)
+    }
+
     /// Starts it; returns once it accepts clients.
-    pub fn start(&self, image: &Path, format: Format, dir: &Path, read_only: bool) -> Running {
+    pub fn start(&self, image: &Path, format: Format, dir: &Path, read_only: bool, direct: bool) -> Running {
         let socket = dir.join("socket");
         let _ = fs::remove_file(&socket);
         let text = |path: &Path| path.to_str().unwrap().to_owned();
-        let arguments = (self.arguments)(&text(image), format.name(), &text(&socket), read_only);
+        let arguments = (self.arguments)(&text(image), format.name(), &text(&socket), read_only, direct);
         let started = Instant::now();
         let mut child =
             Command::new(self.program).args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();

@@ -61,7 +61,7 @@ fn main() {
             let image = if workload.format == Format::Raw { Some(&raw) } else { qcow2.as_ref() };
             let Some(image) = image else { continue };
             for server in VHOST_USER.iter().filter(|server| server.is_there()) {
-                let running = server.start(image, workload.format, dir.path(), !workload.writes);
+                let running = server.start(image, workload.format, dir.path(), !workload.writes, false);
                 let measured =
                     load::measure(&running, workload, options.size << 20, Duration::from_secs(options.seconds));
                 report.add(round, workload.name, server.name, measured);

@@ -51,6 +51,11 @@ impl Direct {
         Direct { block, regular, writing: RwLock::default() }
     }
 
+    /// Bytes of a block.
+    pub fn block(&self) -> usize {
+        self.block
+    }
+
     /// Reads at `offset` until `buf` is full or the file ends; returns the bytes read.
     ///
     /// # Errors

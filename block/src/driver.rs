@@ -15,6 +15,7 @@ use crate::claims::{Demand, Writes};
 use crate::encryption::Encryption;
 use crate::gate::Hold;
 use crate::host::Descriptor;
+use crate::located::HostFile;
 use crate::snapshot::Snapshots;
 use crate::vvfat::Vvfat;
 use crate::{
@@ -152,6 +153,8 @@ pub enum OptionKind {
     Socket,
     /// A set of passed descriptors that stands for a directory; the caller opens all of it.
     Directory,
+    /// How the host is asked (QAPI's `BlockdevAioOptions`), as text.
+    Aio,
     /// Text.
     Str,
     /// The id of an object that holds a secret; the caller looks it up.
@@ -169,7 +172,8 @@ pub enum OptionValue {
     Bool(bool),
     /// For [`OptionKind::Size`] and [`OptionKind::Seconds`].
     Size(u64),
-    /// For [`OptionKind::Str`], [`OptionKind::Socket`], [`OptionKind::Directory`] and [`OptionKind::OverlapCheck`].
+    /// For [`OptionKind::Str`], [`OptionKind::Aio`], [`OptionKind::Socket`], [`OptionKind::Directory`] and
+    /// [`OptionKind::OverlapCheck`].
     Str(String),
     /// For [`OptionKind::Secret`] and [`OptionKind::LuksSecret`].
     Secret(Secret),
@@ -599,6 +603,11 @@ pub trait Driver: Send + Sync {
     /// Smallest unit of requests in bytes that the layer below takes without read-modify-write: a power of two.
     fn block_size(&self) -> u32 {
         1
+    }
+
+    /// The file behind it, if its bytes are the node's and others may read them there ([`BlockNode::locate`]).
+    fn host_file(&self) -> Option<HostFile<'_>> {
+        None
     }
 
     /// Whether reads and writes of its data wait for the device, because the file below was opened with `O_DIRECT`.

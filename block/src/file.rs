@@ -16,16 +16,25 @@ use sys::file;
 
 use crate::claims::Demand;
 use crate::direct::Direct;
-use crate::driver::{Ask, Detail, Driver, DriverEntry, Info, Mapping, OpenRequest, Prepared, Target, ZeroFlags};
+use crate::driver::{
+    Ask, Detail, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, OptionValue, Prepared,
+    Target, ZeroFlags,
+};
 use crate::host::Descriptor;
 use crate::image_locks::ImageLocks;
+use crate::located::HostFile;
 use crate::{Error, Result};
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {
     name: "file",
     summary: "a regular file, passed as a descriptor",
     children: &[],
-    options: &[],
+    options: &[OptionSpec {
+        name: "aio",
+        kind: OptionKind::Aio,
+        summary: "Who waits for reads that must wait: `threads`, or `io_uring`, which is the default where the daemon has \
+                  rings (`--aio`). `native` is not supported.",
+    }],
     takes_descriptor: true,
     writes: true,
     probe: |_| false,
@@ -52,6 +61,8 @@ struct File {
     regular: bool,
     /// How it is reached past the page cache, if it was opened so.
     direct: Option<Direct>,
+    /// Whether others than threads may wait for its reads.
+    aio: bool,
 }
 
 /// The name of the driver for what `fd` is: `host_device` for a block device, else `file`.
@@ -72,7 +83,7 @@ pub fn host_driver(fd: impl AsFd) -> io::Result<&'static str> {
 }
 
 fn open(request: OpenRequest, wanted: FileType) -> Result<Box<dyn Driver>> {
-    let OpenRequest { descriptor, filename, .. } = request;
+    let OpenRequest { descriptor, filename, options, .. } = request;
     let fd = descriptor.ok_or_else(|| Error::invalid("Parameter 'filename' is missing"))?;
     let stat = rustix::fs::fstat(fd.as_fd()).map_err(|e| Error::io("look at the descriptor", e.into()))?;
     if FileType::from_raw_mode(stat.st_mode) != wanted {
@@ -102,6 +113,7 @@ fn open(request: OpenRequest, wanted: FileType) -> Result<Box<dyn Driver>> {
         len: AtomicU64::new(len),
         regular,
         direct,
+        aio: options.get("aio") != Some(&OptionValue::Str("threads".into())),
     }))
 }
 
@@ -150,6 +162,11 @@ impl Driver for File {
 
     fn write_computed(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         self.direct.as_ref().ok_or(Errno::IO)?.write(self.fd.as_fd(), buf, offset)
+    }
+
+    fn host_file(&self) -> Option<HostFile<'_>> {
+        let block = self.direct.as_ref().map_or(1, Direct::block);
+        self.aio.then(|| HostFile { fd: self.fd.as_fd(), block })
     }
 
     fn bypasses_cache(&self) -> bool {

@@ -96,6 +96,11 @@ impl Gate {
 impl Hold<'_> {
     /// For drivers whose places never change hands.
     pub const NONE: Hold<'static> = Hold(None);
+
+    /// Whether it holds nothing.
+    pub fn is_none(&self) -> bool {
+        self.0.is_none()
+    }
 }
 
 impl Drop for Hold<'_> {

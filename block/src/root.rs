@@ -76,6 +76,11 @@ impl Root {
         }
     }
 
+    /// Whether somebody keeps requests out, or waits for those under way to end.
+    pub fn is_drained(&self) -> bool {
+        self.drains.load(SeqCst) > 0
+    }
+
     /// Keeps requests out and waits until those under way have ended; `None` if some have not after `limit`.
     pub fn drain(self: &Arc<Root>, limit: Duration) -> Option<Drained> {
         self.drains.fetch_add(1, SeqCst);

@@ -3,6 +3,7 @@
 //!
 //! With [`Denial::Kill`](crate::Denial::Kill) the first attempt ends the process: that is the answer, seen from outside.
 
+use std::cell::RefCell;
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -10,6 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use sys::attempt;
+use sys::ring::Ring;
 
 use crate::{Layer, Report};
 
@@ -28,6 +30,8 @@ pub struct Bait<'a> {
     pub abstract_socket: Option<CString>,
     /// A TCP port of this host, where somebody listens; the same number is tried over UDP.
     pub port: Option<u16>,
+    /// An io_uring of the process, with nothing under way in it.
+    pub ring: Option<RefCell<&'a mut Ring>>,
 }
 
 /// What became of an attempt.
@@ -60,6 +64,8 @@ impl Outcome {
         match self.errno.map(Errno::from_raw_os_error) {
             // The filter is asked before the call is looked at.
             Some(Errno::PERM | Errno::NOSYS) if report.in_force(Layer::Seccomp) => Some(Layer::Seccomp),
+            // What a ring's own restriction refuses is none of the layers' business.
+            Some(Errno::ACCESS) if self.name.starts_with("ring-") => None,
             Some(Errno::ACCESS) => first(&[Layer::Landlock, Layer::User, Layer::Capabilities]),
             // Landlock's answer about processes and mounts, but also that of a missing capability.
             Some(Errno::PERM) => first(&[Layer::Landlock, Layer::Capabilities, Layer::User, Layer::NotDumpable]),
@@ -97,8 +103,12 @@ enum Aim {
     AbstractSocket(fn(&CStr) -> io::Result<()>),
     Port(fn(u16) -> io::Result<()>),
     Nothing(fn() -> io::Result<()>),
+    OwnRing(fn(&mut Ring) -> io::Result<()>),
+    OwnRingOn(fn(&mut Ring, BorrowedFd<'_>) -> io::Result<()>),
 }
-use Aim::{AbstractSocket, Beneath, Descriptor, Linked, Nothing, Path, Port, Process, Reopen, Socket};
+use Aim::{
+    AbstractSocket, Beneath, Descriptor, Linked, Nothing, OwnRing, OwnRingOn, Path, Port, Process, Reopen, Socket,
+};
 
 impl Aim {
     /// Errnos that mean that what is aimed at is out of reach, though it exists.
@@ -109,7 +119,7 @@ impl Aim {
             Process(_) => &[Errno::SRCH],
             Port(_) => &[Errno::NETUNREACH, Errno::CONNREFUSED],
             Beneath(_) => &[Errno::NOTDIR],
-            Descriptor(_) | Nothing(_) => &[],
+            Descriptor(_) | Nothing(_) | OwnRing(_) | OwnRingOn(_) => &[],
         }
     }
 }
@@ -174,6 +184,14 @@ pub const ATTEMPTS: &[Attempt] = &[
     line("chmod", "change a mode by path (fchmodat)", Nothing(attempt::chmod)),
     line("chroot", "change the root (chroot)", Nothing(attempt::chroot)),
     line("io-uring", "make an io_uring, which seccomp does not see into", Nothing(attempt::io_uring_setup)),
+    line("ring-openat", "open through its own io_uring", OwnRing(Ring::attempt_openat)),
+    line("ring-openat2", "open by openat2 through its own io_uring", OwnRing(Ring::attempt_openat2)),
+    line("ring-socket", "make a socket through its own io_uring", OwnRing(Ring::attempt_socket)),
+    line("ring-connect", "connect, through its own io_uring,", OwnRingOn(Ring::attempt_connect)),
+    line("ring-write", "write, through its own io_uring, to", OwnRingOn(Ring::attempt_write)),
+    line("ring-unlinkat", "remove a name through its own io_uring", OwnRing(Ring::attempt_unlinkat)),
+    line("ring-link", "chain requests in its own io_uring, with a read of", OwnRingOn(Ring::attempt_link)),
+    line("ring-register", "change its own io_uring (io_uring_register)", OwnRing(Ring::attempt_register)),
     line("clone", "start a process (clone)", Nothing(attempt::fork)),
     line("clone3", "start a process (clone3)", Nothing(attempt::clone3)),
     line("socket-unix", "make a unix socket", Nothing(attempt::unix_socket)),
@@ -239,6 +257,12 @@ pub fn run_these(attempts: &[Attempt], bait: &Bait<'_>) -> Vec<Outcome> {
             }
             Port(run) => bait.port.iter().for_each(|&port| record("a port of this host", run(port))),
             Nothing(run) => record("", run()),
+            OwnRing(run) => bait.ring.iter().for_each(|ring| record("", run(&mut ring.borrow_mut()))),
+            OwnRingOn(run) => {
+                if let Some(ring) = &bait.ring {
+                    bait.read_only.iter().for_each(|(called, fd)| record(called, run(&mut ring.borrow_mut(), *fd)));
+                }
+            }
         }
     }
     outcomes
@@ -284,6 +308,7 @@ pub fn call(name: &str) -> Option<i64> {
         ("execve", libc::SYS_execve),
         ("fchmod", libc::SYS_fchmod),
         ("flock", libc::SYS_flock),
+        ("io_uring_register", libc::SYS_io_uring_register),
         ("io_uring_setup", libc::SYS_io_uring_setup),
         ("memfd_create", libc::SYS_memfd_create),
         ("mmap", libc::SYS_mmap),

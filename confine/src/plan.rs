@@ -191,6 +191,7 @@ pub struct Plan {
     pub(crate) denial: Denial,
     pub(crate) landlock_abi: i32,
     pub(crate) hole: Option<i64>,
+    pub(crate) rings: bool,
     levels: [Level; Layer::ALL.len()],
     left_out: [bool; Layer::ALL.len()],
 }
@@ -204,6 +205,7 @@ impl Plan {
             denial: Denial::Refuse,
             landlock_abi: 1,
             hole: None,
+            rings: false,
             levels: [Level::Require; Layer::ALL.len()],
             left_out: [false; Layer::ALL.len()],
         }
@@ -227,6 +229,13 @@ impl Plan {
     #[must_use]
     pub fn level(mut self, layer: Layer, level: Level) -> Plan {
         self.levels[layer as usize] = level;
+        self
+    }
+
+    /// Lets the process ask io_urings that it has made before; every one must be restricted for good (`sys::ring`).
+    #[must_use]
+    pub fn with_rings(mut self) -> Plan {
+        self.rings = true;
         self
     }
 

@@ -177,6 +177,12 @@ const EVENTS: &[Allowed] = &[
     always(libc::SYS_timerfd_settime),
 ];
 
+/// `IORING_ENTER_GETEVENTS`: wait for what has ended.
+const GETEVENTS: i32 = 1;
+
+/// Asking a ring that was made and restricted before. No other can be made, and this one cannot be changed any more.
+pub const RINGS: &[Allowed] = &[when(libc::SYS_io_uring_enter, &[Within(3, GETEVENTS)])];
+
 /// The tables of a role.
 pub fn of(role: crate::Role) -> &'static [&'static [Allowed]] {
     match role {

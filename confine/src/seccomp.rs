@@ -39,7 +39,8 @@ pub fn apply(plan: &Plan) -> Result<String, String> {
 fn install(plan: &Plan) -> Result<usize, seccompiler::Error> {
     let hidden = Rules::from([(libc::SYS_clone3, vec![])]);
     let hidden = SeccompFilter::new(hidden, SeccompAction::Allow, errno(Errno::NOSYS), ARCH)?;
-    let mut rules = compile(rules::of(plan.role))?;
+    let rings: &[Allowed] = if plan.rings { rules::RINGS } else { &[] };
+    let mut rules = compile(&[rules::of(plan.role), &[rings]].concat())?;
     if let Some(hole) = plan.hole {
         rules.insert(hole, Vec::new());
     }
@@ -165,6 +166,15 @@ mod tests {
             let rules = compile(rules::of(role)).unwrap();
             assert_eq!(never.iter().find(|call| rules.contains_key(call)), None);
         }
+    }
+
+    #[test]
+    fn an_io_uring_can_be_asked_only_where_one_was_made() {
+        for role in [Role::Daemon, Role::Inspector, Role::Tool] {
+            assert!(!compile(rules::of(role)).unwrap().contains_key(&libc::SYS_io_uring_enter));
+        }
+        let rings = compile(&[rules::RINGS]).unwrap();
+        assert_eq!(rings.keys().copied().collect::<Vec<_>>(), [libc::SYS_io_uring_enter]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! A confined process that tries to get out: the daemon when it starts (`--attest`), and one that does nothing else
 //! (`doorless attest`).
 
+use std::cell::RefCell;
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Write};
@@ -9,9 +10,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use confine::attempts::{self, Bait, Outcome};
 use confine::{Layer, Plan, Report, Requirement, Role};
+use export::Rings;
 use rustix::fs::MemfdFlags;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use sys::ring::Ring;
 
 use crate::command_line::UsageError;
 
@@ -53,15 +56,17 @@ impl Probe {
         Ok(Probe { program: CString::new(program.into_os_string().into_encoded_bytes())?, descriptors })
     }
 
-    /// Tries every way out. Where `plan` can do without the filter, ways that are open are a warning.
+    /// Tries every way out, one of `rings` too. Where `plan` can do without the filter, ways that are open are a warning.
     ///
     /// # Errors
     /// Some are open: the sentence names them.
-    pub fn attest(self, report: &Report, plan: &Plan) -> Result<Vec<Outcome>, UsageError> {
+    pub fn attest(self, report: &Report, plan: &Plan, rings: &Rings) -> Result<Vec<Outcome>, UsageError> {
+        let mut ring = rings.borrow();
         let bait = Bait {
             paths: vec![("its own program".into(), self.program)],
             read_only: self.descriptors.iter().map(|(called, fd)| ((*called).to_owned(), fd.as_fd())).collect(),
             process: sys::process::parent(),
+            ring: ring.as_deref_mut().map(RefCell::new),
             ..Bait::default()
         };
         let outcomes = attempts::run(&bait);
@@ -117,6 +122,10 @@ pub fn inside(orders: &str) -> Result<(), UsageError> {
         descriptors.push((called.clone(), sys::fd::inherited(*number).map_err(|e| unusable(&e))?));
     }
     sys::fd::close_inherited().map_err(|e| unusable(&e))?;
+    // As the daemon makes them; where the kernel gives none, there is nothing to try.
+    let mut ring = Ring::new(1).ok();
+    let plan = plan(&orders)?;
+    let plan = if ring.is_some() { plan.with_rings() } else { plan };
     let bait = Bait {
         paths: vec![("an image by its path".into(), text(&orders.path)?)],
         read_only: descriptors.iter().map(|(called, fd)| (called.clone(), fd.as_fd())).collect(),
@@ -124,8 +133,9 @@ pub fn inside(orders: &str) -> Result<(), UsageError> {
         socket: Some(text(&orders.socket)?),
         abstract_socket: Some(text(&orders.abstract_socket)?),
         port: Some(orders.port),
+        ring: ring.as_mut().map(RefCell::new),
     };
-    let confined = confine::confine(&plan(&orders)?).map_err(|e| UsageError(e.to_string()))?;
+    let confined = confine::confine(&plan).map_err(|e| UsageError(e.to_string()))?;
     let report = confined.report();
     let layers: Vec<Value> = confined
         .reports()
@@ -171,11 +181,12 @@ mod tests {
         // The plan leaves out every layer, so this process goes on as it was; every attempt is harmless when it succeeds.
         let confined = confine::confine(&Plan::new(Role::Daemon).only(&[]).best_effort()).unwrap();
         let strict = Plan::new(Role::Daemon);
-        let refusal = Probe::prepare().unwrap().attest(confined.report(), &strict).unwrap_err().0;
+        let refusal = Probe::prepare().unwrap().attest(confined.report(), &strict, &Rings::default()).unwrap_err().0;
         for part in ["ways out are open", "map memory to execute", "lock against others (flock) a memfd", "seccomp"] {
             assert!(refusal.contains(part), "no '{part}' in: {refusal}");
         }
-        let content = Probe::prepare().unwrap().attest(confined.report(), &strict.best_effort()).unwrap();
+        let content =
+            Probe::prepare().unwrap().attest(confined.report(), &strict.best_effort(), &Rings::default()).unwrap();
         assert!(content.iter().any(|outcome| !outcome.denied));
     }
 }

@@ -16,6 +16,7 @@ use qmp::{Definition, Member, PendingFds, Table, Type, Version};
 use serde_json::{Map, Value};
 use sys::signal::{self, Signals};
 
+use crate::aio::Aio;
 use crate::attest::Probe;
 use crate::background::{self, Announcement, READY_OPTION};
 use crate::control::{self, Ends, MonitorSetup, Setup};
@@ -51,6 +52,9 @@ Serves disk images that arrive as descriptors. The process confines itself befor
   --export [type=]vhost-user-blk,id=ID,node-name=NODE,addr.type=unix,addr.path=PATH[,...]
                          as block-export-add; a socket is inherited, or made before the process is confined; a mounted,
                          non-blocking /dev/fuse is inherited
+  --aio auto|io_uring|threads
+                         who waits for reads that the page cache cannot answer: threads, or io_urings that can do nothing but
+                         read and are made before the process is confined; auto takes those if the kernel gives any
   --confine require|standard|best-effort|LAYER,LAYER...
                          which layers of confinement must be had: all, all but namespaces and pid-namespace (the default),
                          none, or these; the others are applied where they can be had
@@ -116,6 +120,7 @@ struct Plans {
     attest: bool,
     /// Files of sockets.
     bound: Vec<PathBuf>,
+    aio: Aio,
 }
 
 /// How the program presents itself.
@@ -151,6 +156,7 @@ pub fn run(style: Style, arguments: impl IntoIterator<Item = OsString>) -> Resul
         announcement,
         attest,
         mut bound,
+        aio,
     } = plans;
     sys::fd::close_inherited().map_err(failed("close what was inherited"))?;
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
@@ -162,14 +168,20 @@ pub fn run(style: Style, arguments: impl IntoIterator<Item = OsString>) -> Resul
         true => None,
         false => Some(Sweeper::start(&bound).map_err(failed("start what cleans up in the end"))?),
     };
+    let rings = aio.rings().map_err(|e| {
+        UsageError(format!(
+            "--aio=io_uring: the kernel gives no restricted io_uring ({e}); say --aio=auto or --aio=threads"
+        ))
+    })?;
+    let confinement = if rings.exist() { confinement.with_rings() } else { confinement };
     let probe = if attest { Some(Probe::prepare().map_err(failed("open what is to be tried"))?) } else { None };
     let confined = confine::confine(&confinement).map_err(|e| UsageError(e.to_string()))?;
     // A daemon that was started by hand always lacks this one, and tells so when it is asked.
     for LayerReport { layer, detail, .. } in confined.report().missing().filter(|it| it.layer != Layer::PidNamespace) {
         tracing::warn!("confined without the layer '{layer}': {detail}");
     }
-    let attested = probe.map(|probe| probe.attest(confined.report(), &confinement)).transpose()?;
-    let setup = Setup { monitors, fdsets, fdset_events, signals, ends, inflight };
+    let attested = probe.map(|probe| probe.attest(confined.report(), &confinement, &rings)).transpose()?;
+    let setup = Setup { monitors, fdsets, fdset_events, signals, ends, inflight, rings };
     let startup = |table: &Table<Daemon>, daemon: &mut Daemon| {
         if let Some(sweeper) = &sweeper {
             daemon.ledger.enter(sweeper.as_fd().as_raw_fd(), "what cleans up in the end");
@@ -213,6 +225,7 @@ fn read(
         announcement: Announcement::default(),
         attest: false,
         bound: Vec::new(),
+        aio: Aio::default(),
     };
     let mut arguments = arguments.into_iter();
     while let Some(argument) = arguments.next() {
@@ -331,6 +344,11 @@ fn read(
                 let seconds = options["wanted"].as_u64().filter(|&seconds| seconds > 0);
                 events.wanted = seconds.map(Duration::from_secs);
             }
+            "aio" => {
+                let aio = Aio::named(&value);
+                let wrong = || UsageError(format!("--aio takes 'auto', 'io_uring' or 'threads', not '{value}'"));
+                plans.aio = aio.ok_or_else(wrong)?;
+            }
             "pidfile" => plans.announcement.pidfile(value)?,
             "trace" => {}
             READY_OPTION => plans.announcement.ready(&value)?,
@@ -362,7 +380,8 @@ impl Plans {
 }
 
 /// Options that take a value.
-const KNOWN: [&str; 16] = [
+const KNOWN: [&str; 17] = [
+    "aio",
     "chardev",
     "monitor",
     "add-fd",

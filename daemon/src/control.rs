@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use confine::Confined;
+use export::Rings;
 use fdset::Lifetime;
 use qmp::Table;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -45,6 +46,8 @@ pub struct Setup {
     pub ends: Ends,
     /// Memory files for vhost-user exports to be.
     pub inflight: Vec<std::os::fd::OwnedFd>,
+    /// What exports read with, if not with threads alone.
+    pub rings: Rings,
 }
 
 /// What ends a daemon besides `quit` and signals.
@@ -71,6 +74,7 @@ pub fn serve(
     daemon.fdset_events = setup.fdset_events;
     daemon.ledger.enter(setup.signals.as_fd().as_raw_fd(), "signals");
     daemon.exports.keep_inflight(setup.inflight);
+    daemon.exports.lend(setup.rings);
     daemon.exports.close();
     startup(&table, &mut daemon)?;
     daemon.exports.open();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use block::{Claim, Root};
 use export::nbd::tls::Tls;
 use export::nbd::{Admission, Limits, Moved, Server, Settings};
-use export::{Running, Workers};
+use export::{Rings, Running, Workers};
 use qmp::Error;
 
 use crate::wake::Wake;
@@ -165,6 +165,11 @@ impl Exports {
     /// Who sleeps in exports' stead.
     pub fn workers(&self) -> Workers {
         self.workers.clone()
+    }
+
+    /// Lends rings to exports to be.
+    pub fn lend(&mut self, rings: Rings) {
+        self.workers = Workers::with_rings(rings);
     }
 
     /// Keeps memory files for vhost-user exports to be; see [`crate::reserve::inflight`].

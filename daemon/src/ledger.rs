@@ -87,6 +87,8 @@ pub fn all(daemon: &Daemon, unclaimed: Vec<i32>) -> Vec<Held> {
     let mut held = daemon.ledger.process.clone();
     held.extend(daemon.reserve.numbers().map(|fd| Held::new(fd, Owner::Process, "reserve")));
     held.extend(daemon.exports.inflight().map(|fd| Held::new(fd, Owner::Process, "reserve of in-flight memory")));
+    let workers = daemon.exports.workers();
+    held.extend(workers.rings().descriptors().map(|fd| Held::new(fd, Owner::Process, "a ring for reads")));
     held.extend(daemon.ledger.monitors.values().flatten().cloned());
     held.extend(unclaimed.into_iter().map(|fd| Held::new(fd, Owner::Message, "the command that asks")));
     held.extend(daemon.named().map(|(monitor, name, fd)| {

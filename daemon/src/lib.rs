@@ -5,6 +5,7 @@
 //! then on [`control`] is the one thread that owns the state ([`state::Daemon`]); its [`monitor`]s bring commands, which
 //! stand in one table ([`commands`]); exports answer their clients on threads of their own.
 
+mod aio;
 mod alarms;
 mod attention;
 pub mod attest;

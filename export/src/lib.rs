@@ -9,10 +9,12 @@
 pub mod fuse;
 mod meter;
 pub mod nbd;
+mod rings;
 mod running;
 pub mod vhost_user_blk;
 mod workers;
 
 pub use meter::Meter;
+pub use rings::{Borrowed, Rings};
 pub use running::{ClientShown, Running};
 pub use workers::Workers;

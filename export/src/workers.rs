@@ -10,6 +10,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use crate::rings::Rings;
+
 /// Most threads at once.
 const MOST: usize = 64;
 /// An idle thread ends after this long.
@@ -22,7 +24,7 @@ pub type Job = Box<dyn FnOnce() + Send>;
 
 /// The pool. Cloning shares it.
 #[derive(Clone, Default)]
-pub struct Workers(Arc<Shared>);
+pub struct Workers(Arc<Shared>, Rings);
 
 #[derive(Default)]
 struct Shared {
@@ -41,6 +43,16 @@ impl Workers {
     /// A pool without threads: they come with the first jobs.
     pub fn new() -> Workers {
         Workers::default()
+    }
+
+    /// The same with rings for those who can do without a worker.
+    pub fn with_rings(rings: Rings) -> Workers {
+        Workers(Arc::default(), rings)
+    }
+
+    /// Those rings.
+    pub fn rings(&self) -> &Rings {
+        &self.1
     }
 
     /// Runs `job` on some thread, soon. If no thread can be had at all, it runs here and now: late beats never.

@@ -24,6 +24,8 @@ use crate::{Error, Result};
 pub struct Launch {
     /// A second monitor, whose clients come over this listener.
     pub monitor: Option<OwnedFd>,
+    /// Who waits for reads (`doorless daemon --aio`); `None` is its default.
+    pub aio: Option<String>,
     /// Whether it ends when the last NBD client has left.
     pub ends_with_clients: bool,
     /// Whether it lets go of standard error once it is ready.
@@ -84,6 +86,9 @@ impl Daemon {
         let pipe = if launch.background { Some(sys::background::pipe().map_err(Error::process(doing))?) } else { None };
         if let Some((_, theirs)) = &pipe {
             arguments.push(format!("--ready-fd={}", theirs.as_raw_fd()));
+        }
+        if let Some(aio) = &launch.aio {
+            arguments.push(format!("--aio={aio}"));
         }
         if launch.ends_with_clients {
             arguments.push("--ends-with-clients".into());

@@ -85,6 +85,8 @@ pub struct ExportOptions {
     pub max_connections: Option<u32>,
     /// How long a client may negotiate, seconds; 0 is no limit, `None` the daemon's default.
     pub handshake_seconds: Option<u32>,
+    /// Who waits for reads (`doorless daemon --aio`); `None` is the daemon's default.
+    pub aio: Option<String>,
     /// Whether it is over when the last client has left.
     pub until_unused: bool,
     /// Whether the daemon lets go of standard error once it is ready.
@@ -135,6 +137,7 @@ pub fn serve(program: &Program, request: Request) -> Result<Served> {
     let monitor = monitor.map(|path| sockets.listen(Listen::Unix(path))).transpose()?;
     let launch = Launch {
         monitor,
+        aio: export.aio.clone(),
         ends_with_clients: export.until_unused,
         background: export.background,
         attest: true,

@@ -86,7 +86,7 @@ pub fn direct(options: &Map<String, Value>, inherited: Inherited) -> bool {
 /// # Errors
 /// The first that cannot be made.
 pub fn add_node(daemon: &mut Daemon, options: Map<String, Value>, inherited: Inherited) -> Result<String, Error> {
-    refuse_unsupported(&options)?;
+    refuse_unsupported(&options, daemon.exports.workers().rings().exist())?;
     let text = |key: &str| options.get(key).and_then(Value::as_str);
     let driver = driver_named(text("driver").unwrap_or_default())
         .ok_or_else(|| Error::generic("Parameter 'driver' is missing"))?;
@@ -300,7 +300,9 @@ pub fn driver_options(
         let Some(value) = options.get(spec.name) else { continue };
         let value = match (spec.kind, value) {
             (OptionKind::Bool, Value::Bool(value)) => OptionValue::Bool(*value),
-            (OptionKind::Str | OptionKind::Directory, Value::String(value)) => OptionValue::Str(value.clone()),
+            (OptionKind::Aio | OptionKind::Str | OptionKind::Directory, Value::String(value)) => {
+                OptionValue::Str(value.clone())
+            }
             (OptionKind::Size, value) => OptionValue::Size(value.as_u64().ok_or_else(|| {
                 Error::generic(format!("Value '{value}' is out of range for parameter '{}'", spec.name))
             })?),
@@ -321,7 +323,7 @@ pub fn driver_options(
                 OptionValue::Str(if all { "all" } else { "cached" }.into())
             }
             (OptionKind::Bool, _) => return Err(Error::invalid_type(spec.name, "boolean")),
-            (OptionKind::Str | OptionKind::Directory | OptionKind::Secret, _) => {
+            (OptionKind::Aio | OptionKind::Str | OptionKind::Directory | OptionKind::Secret, _) => {
                 return Err(Error::invalid_type(spec.name, "string"));
             }
         };
@@ -331,19 +333,29 @@ pub fn driver_options(
 }
 
 /// Options that the schema knows so that clients may state the default, and that nothing implements yet.
-fn refuse_unsupported(options: &Map<String, Value>) -> Result<(), Error> {
+fn refuse_unsupported(options: &Map<String, Value>, has_rings: bool) -> Result<(), Error> {
     let unsupported = |name: &str, value: &Value| {
         Err(Error::generic(format!("'{name}' = {value} is not supported by this version; leave it out")))
     };
     if let Some(value @ Value::Bool(true)) = options.get("force-share") {
         return unsupported("force-share", value);
     }
-    for (name, accepted) in [("detect-zeroes", "off"), ("aio", "threads")] {
-        if let Some(value) = options.get(name)
-            && value.as_str() != Some(accepted)
-        {
-            return unsupported(name, value);
+    if let Some(value) = options.get("detect-zeroes").filter(|value| value.as_str() != Some("off")) {
+        return unsupported("detect-zeroes", value);
+    }
+    match options.get("aio").and_then(Value::as_str) {
+        Some("io_uring") if !has_rings => {
+            return Err(Error::generic(
+                "'aio' = \"io_uring\" needs rings, which can only be made before the daemon is confined: start it with \
+                 --aio=io_uring, or leave the option out",
+            ));
         }
+        Some("native") => {
+            return Err(Error::generic(
+                "'aio' = \"native\" (Linux AIO) is not supported; say \"io_uring\" or \"threads\", or leave it out",
+            ));
+        }
+        _ => {}
     }
     if let Some(value @ Value::Bool(true)) = options.get("cache").and_then(|cache| cache.get("no-flush")) {
         return unsupported("cache.no-flush", value);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `query-confinement`: what the daemon gave up, and whether it can get out all the same.
 
+use std::cell::RefCell;
 use std::ffi::CString;
 use std::os::fd::AsFd;
 
@@ -53,6 +54,11 @@ pub fn types() -> Vec<Definition> {
                     Type::Array(&Type::Named("ConfinementAttempt")),
                     "Attempts: those that were asked for, else those of `--attest` when the daemon started.",
                 ),
+                Member::required(
+                    "rings",
+                    Type::Str,
+                    "The io_urings that reads go through, or why there are none (`--aio`). The kernel restricts each to reads.",
+                ),
                 Member::optional("held", Type::Bool, "Whether every attempt was denied; absent if none was made."),
             ],
             "How the daemon is confined.",
@@ -97,7 +103,8 @@ fn query(daemon: &mut Daemon, mut call: Call<'_>) -> Result<Value, Error> {
     let tried = if r#try == Some(true) { Some(attempt(daemon, &paths)?) } else { daemon.attested.clone() };
     let attempts: Vec<Value> =
         tried.iter().flatten().map(|outcome| attest::as_json(outcome, daemon.confined.report())).collect();
-    let mut answer = json!({ "layers": layers, "attempts": attempts });
+    let workers = daemon.exports.workers();
+    let mut answer = json!({ "layers": layers, "attempts": attempts, "rings": workers.rings().detail() });
     if let Some(tried) = tried {
         answer["held"] = json!(tried.iter().all(|outcome| outcome.denied));
     }
@@ -114,6 +121,8 @@ fn attempt(daemon: &Daemon, paths: &[String]) -> Result<Vec<Outcome>, Error> {
         Ok((called, path.map_err(|_| Error::generic("Parameter 'paths' has a path with a NUL byte"))?))
     });
     let read_only = read_only_dup(daemon);
+    let workers = daemon.exports.workers();
+    let mut ring = workers.rings().borrow();
     let bait = Bait {
         paths: paths.collect::<Result<_, Error>>()?,
         read_only: read_only
@@ -121,6 +130,7 @@ fn attempt(daemon: &Daemon, paths: &[String]) -> Result<Vec<Outcome>, Error> {
             .map(|fd| ("a descriptor that was passed read-only".to_owned(), fd.as_fd()))
             .collect(),
         process: sys::process::parent(),
+        ring: ring.as_deref_mut().map(RefCell::new),
         ..Bait::default()
     };
     Ok(attempts::run(&bait))

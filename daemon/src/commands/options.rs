@@ -115,7 +115,6 @@ fn members(driver: &DriverEntry) -> Vec<Member> {
     let mut members = Vec::new();
     if driver.takes_descriptor {
         members.push(Member::required("filename", Type::Str, "`/dev/fdset/ID`: the set that holds the descriptor."));
-        members.push(Member::optional("aio", Type::Named("BlockdevAioOptions"), "Only `threads` is supported."));
         members.push(Member::optional(
             "locking",
             Type::Named("OnOffAuto"),
@@ -138,6 +137,7 @@ fn members(driver: &DriverEntry) -> Vec<Member> {
             OptionKind::Size => Type::Int,
             OptionKind::Seconds => Type::Uint32,
             OptionKind::Socket => Type::Named("SocketAddress"),
+            OptionKind::Aio => Type::Named("BlockdevAioOptions"),
             OptionKind::Str | OptionKind::Directory | OptionKind::Secret => Type::Str,
             OptionKind::LuksSecret => Type::Named("BlockdevQcow2Encryption"),
             OptionKind::OverlapCheck => Type::Named("Qcow2OverlapChecks"),

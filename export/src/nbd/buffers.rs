@@ -7,6 +7,7 @@
 use std::io;
 
 use super::channel::Channel;
+use super::way::Way;
 
 /// Room for one batch of requests, or for a payload that is written in one piece, bytes.
 pub const INBOX: usize = (1 << 20) + (64 << 10);
@@ -77,33 +78,33 @@ impl Outbox {
 
     /// Room for `count` bytes (at most [`Outbox::MOST`] and a header); what is there leaves first if it must.
     /// Nothing of it counts before [`Outbox::commit`].
-    pub fn reserve(&mut self, count: usize, channel: &mut Channel) -> io::Result<&mut [u8]> {
+    pub fn reserve(&mut self, count: usize, way: &mut Way<'_>) -> io::Result<&mut [u8]> {
         if self.filled + count > self.buf.len() {
-            self.send(channel)?;
+            self.send(way)?;
         }
         Ok(&mut self.buf[self.filled..self.filled + count])
     }
 
     /// Adds the first `count` reserved bytes to what will be sent.
-    pub fn commit(&mut self, count: usize, channel: &mut Channel) -> io::Result<()> {
+    pub fn commit(&mut self, count: usize, way: &mut Way<'_>) -> io::Result<()> {
         self.filled += count;
-        if self.filled >= SEND_AT { self.send(channel) } else { Ok(()) }
+        if self.filled >= SEND_AT { self.send(way) } else { Ok(()) }
     }
 
     /// Adds bytes of any length.
-    pub fn push(&mut self, bytes: &[u8], channel: &mut Channel) -> io::Result<()> {
+    pub fn push(&mut self, bytes: &[u8], way: &mut Way<'_>) -> io::Result<()> {
         if bytes.len() > Outbox::MOST {
-            self.send(channel)?;
-            return channel.write_all(bytes, None);
+            self.send(way)?;
+            return way.write_all(bytes);
         }
-        self.reserve(bytes.len(), channel)?.copy_from_slice(bytes);
-        self.commit(bytes.len(), channel)
+        self.reserve(bytes.len(), way)?.copy_from_slice(bytes);
+        self.commit(bytes.len(), way)
     }
 
     /// Sends what has gathered.
-    pub fn send(&mut self, channel: &mut Channel) -> io::Result<()> {
+    pub fn send(&mut self, way: &mut Way<'_>) -> io::Result<()> {
         if self.filled > 0 {
-            channel.write_all(&self.buf[..self.filled], None)?;
+            way.write_all(&self.buf[..self.filled])?;
             self.filled = 0;
         }
         Ok(())

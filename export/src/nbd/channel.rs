@@ -121,6 +121,14 @@ impl Channel {
         Ok(())
     }
 
+    /// Sends what can be sent without sleeping, and returns how much that was: nothing of what is to be encrypted.
+    ///
+    /// # Errors
+    /// `BrokenPipe` and friends if the peer has gone.
+    pub fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.is_encrypted() { Ok(0) } else { self.stream.write_now(bytes) }
+    }
+
     /// Says goodbye as TLS wants it, as far as that can be done at once.
     pub fn end(&mut self) {
         if let Some(tls) = &mut self.tls {

@@ -87,6 +87,28 @@ impl Stream {
         Ok(())
     }
 
+    /// Sends what can be sent without sleeping, and returns how much that was.
+    ///
+    /// # Errors
+    /// `BrokenPipe` and friends if the peer has gone.
+    pub fn write_now(&self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match rustix::net::send(&self.0, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(count) => return Ok(count),
+                Err(Errno::AGAIN) => return Ok(0),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// Whether there is nobody any more who could read what is sent, as far as the kernel knows.
+    pub fn is_deserted(&self) -> bool {
+        let mut socket = [PollFd::new(&self.0, PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut socket, Some(&now)).is_ok() && socket[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+    }
+
     /// Sends some of `parts`, at least one byte.
     ///
     /// # Errors

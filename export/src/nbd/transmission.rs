@@ -7,6 +7,9 @@
 //! sleep in the kernel, but only this client waits. Those past it (`O_DIRECT`) always sleep, and go to the workers.
 //!
 //! Memory is bounded by the two buffers and [`MOST_CHARGED`] bytes of replies in flight.
+//!
+//! Fair to others: a connection has a thread of its own, so the kernel shares out the processor, and at most [`MOST_IN_FLIGHT`]
+//! requests at the workers, who take what comes first. When the client is gone, what has not begun is left out.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -20,16 +23,20 @@ use rustix::io::Errno;
 
 use super::buffers::{INBOX, Inbox, Outbox};
 use super::channel::Channel;
-use super::completions::{Completions, Slot};
+use super::completions::Completions;
 use super::context::Chosen;
 use super::handshake::Agreed;
 use super::moving::Moving;
 use super::proto::{self, Command, MAX_PAYLOAD, Request, cmd_flag};
+use super::reads::Reads;
 use super::reply::{self, Style, To};
 use super::status;
+use super::way::Way;
 use crate::meter::Meter;
 use crate::running::Running as _;
 use crate::workers::Workers;
+
+mod under_way;
 
 /// Most requests at the workers at once, for one connection.
 const MOST_IN_FLIGHT: usize = 16;
@@ -63,7 +70,10 @@ pub fn serve(
     received: &[u8],
 ) -> io::Result<End> {
     let mut session = Session {
-        channel,
+        way: Way {
+            channel,
+            reads: Reads::new(agreed.export.root(), workers.rings().clone(), agreed.style.read_header_len()),
+        },
         root: agreed.export.root(),
         writable: agreed.export.writable(),
         writethrough: agreed.export.writethrough(),
@@ -84,13 +94,10 @@ pub fn serve(
     };
     let served = session.run();
     // The export is in use until its last request has ended, whoever is there to hear of it.
-    while session.in_flight > 0 {
-        session.wait_for_completions()?;
-        session.collect();
-    }
+    session.abandon()?;
     served?;
     // What is encrypted cannot be read by another process: the client has to come again.
-    let moved = session.moved && !session.channel.is_encrypted();
+    let moved = session.moved && !session.way.channel.is_encrypted();
     Ok(if moved { End::Moved(session.inbox.bytes().to_vec()) } else { End::Over })
 }
 
@@ -110,7 +117,7 @@ enum State {
 }
 
 struct Session<'a> {
-    channel: &'a mut Channel,
+    way: Way<'a>,
     root: &'a Arc<Root>,
     writable: bool,
     writethrough: bool,
@@ -125,6 +132,7 @@ struct Session<'a> {
     outbox: Outbox,
     state: State,
     completions: Arc<Completions>,
+    /// Requests at the workers.
     in_flight: usize,
     charged: usize,
     meter: Meter,
@@ -136,13 +144,20 @@ impl Session<'_> {
     fn run(&mut self) -> io::Result<()> {
         while !matches!(self.state, State::Goodbye) && self.receive()? {
             let received = Instant::now();
+            // Reads under way since the last batch may be waited for.
+            self.way.reads.give_way()?;
             while self.step()? {}
-            let sent = self.outbox.send(self.channel);
+            self.way.reads.submit()?;
+            let sent = self.outbox.send(&mut self.way);
             self.meter.settle(&mut self.tally, received);
             sent?;
         }
+        let left = matches!(self.state, State::Goodbye) || self.moved;
+        if !left && self.way.channel.stream().is_deserted() {
+            return Ok(());
+        }
         // What was asked before the goodbye is answered (proto.md, "`NBD_CMD_DISC`"), if there is still somebody to hear it.
-        while self.in_flight > 0 {
+        while self.is_busy() {
             self.wait_for_completions()?;
             self.send_completions()?;
         }
@@ -207,45 +222,51 @@ impl Session<'_> {
         if self.leaves() {
             return Ok(false);
         }
-        if self.in_flight == 0 {
+        if !self.is_busy() {
             return self.receive_alone(wanted);
         }
         loop {
-            if self.channel.is_encrypted() {
+            if self.way.reads.has_finished() {
+                self.send_completions()?;
+            }
+            if self.way.channel.is_encrypted() {
                 // What is decrypted already is nothing that the socket could be polled for.
-                match self.inbox.receive(self.channel, wanted, false) {
+                match self.inbox.receive(self.way.channel, wanted, false) {
                     Ok(came) => return Ok(came > 0),
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                     Err(e) => return Err(e),
                 }
             }
-            let socket = self.channel.stream();
+            let socket = self.way.channel.stream();
+            let completed = PollFd::new(&*self.completions, PollFlags::IN);
+            let read = self.way.reads.event().map(|event| PollFd::from_borrowed_fd(event, PollFlags::IN));
             let mut fds = [
                 PollFd::new(&**socket, PollFlags::IN),
-                PollFd::new(&*self.completions, PollFlags::IN),
+                completed.clone(),
+                read.unwrap_or(completed),
                 PollFd::new(self.moving, PollFlags::IN),
             ];
             // In the middle of a payload there is no moving, and nothing to be woken for.
-            let watched = if self.at_boundary() { 3 } else { 2 };
+            let watched = if self.at_boundary() { 4 } else { 3 };
             match poll(&mut fds[..watched], None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }
-            let [socket, finished, _] = fds.map(|fd| !fd.revents().is_empty());
-            if finished {
+            let [socket, finished, read, _] = fds.map(|fd| !fd.revents().is_empty());
+            if finished || read {
                 self.send_completions()?;
             }
             if self.leaves() {
                 return Ok(false);
             }
             if socket {
-                match self.inbox.receive(self.channel, wanted, false) {
+                match self.inbox.receive(self.way.channel, wanted, false) {
                     Ok(came) => return Ok(came > 0),
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                     Err(e) => return Err(e),
                 }
             }
-            if self.in_flight == 0 {
+            if !self.is_busy() {
                 return self.receive_alone(wanted);
             }
         }
@@ -253,9 +274,10 @@ impl Session<'_> {
 
     /// Gets more bytes while nothing is at the workers. False at the end of the stream, or when the client is to move.
     fn receive_alone(&mut self, wanted: usize) -> io::Result<bool> {
+        self.way.reads.rest();
         // Part of a request may be decrypted already: nothing that the socket could be polled for, and nothing that moves.
-        if self.at_boundary() && !self.channel.is_encrypted() {
-            let socket = self.channel.stream();
+        if self.at_boundary() && !self.way.channel.is_encrypted() {
+            let socket = self.way.channel.stream();
             let mut fds = [PollFd::new(&**socket, PollFlags::IN), PollFd::new(self.moving, PollFlags::IN)];
             match poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}
@@ -265,7 +287,7 @@ impl Session<'_> {
                 return Ok(false);
             }
         }
-        Ok(self.inbox.receive(self.channel, wanted, true)? > 0)
+        Ok(self.inbox.receive(self.way.channel, wanted, true)? > 0)
     }
 
     /// Whether what comes next is a request.
@@ -402,7 +424,7 @@ impl Session<'_> {
         };
         let one = request.flags & cmd_flag::REQ_ONE != 0;
         let (root, meter, started) = (Arc::clone(self.root), self.meter.clone(), Instant::now());
-        self.hand_over(to, LEAST_CHARGE, move |slot| {
+        self.hand_over_look(to, LEAST_CHARGE, move |slot| {
             let (bytes, failed) = status::reply(style, &root.enter(), &contexts, to, len, one);
             meter.record(Kind::Status, len, failed, started);
             slot.fill(bytes);
@@ -417,15 +439,19 @@ impl Session<'_> {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 other => return other,
             }
-            if self.in_flight == 0 && self.inbox.bytes().is_empty() {
+            if !self.is_busy() && self.inbox.bytes().is_empty() {
                 // The only request there is: a hand-over would cost more than it could win.
-                self.outbox.send(self.channel)?;
+                self.outbox.send(&mut self.way)?;
                 return self.read_in_place(to, len, Wait::Allowed);
             }
         }
+        if self.has_room_for(size) && self.way.reads.start(to, len) {
+            self.charged += size;
+            return Ok(());
+        }
         let (root, style) = (Arc::clone(self.root), self.style);
         let (meter, started) = (self.meter.clone(), Instant::now());
-        self.hand_over(to, size, move |slot| {
+        self.hand_over_look(to, size, move |slot| {
             let (bytes, failed) = reply::read(style, &root.enter(), to, len);
             meter.record(Kind::Read, len.into(), failed, started);
             slot.fill(bytes);
@@ -435,14 +461,14 @@ impl Session<'_> {
     /// `WouldBlock` only with [`Wait::Never`]; other errors of the node are answered.
     fn read_in_place(&mut self, to: To, len: u32, wait: Wait) -> io::Result<()> {
         let header = self.style.read_header_len();
-        let room = self.outbox.reserve(header + len as usize, self.channel)?;
+        let room = self.outbox.reserve(header + len as usize, &mut self.way)?;
         // Whoever drains the root must not wait for this client to take its answers.
-        let read = self.root.enter().read(&mut room[header..], to.offset, wait);
+        let read = self.way.reads.within(|node| node.read(&mut room[header..], to.offset, wait));
         match read {
             Ok(()) => {
                 self.style.put_read_header(&mut room[..header], to, len);
                 self.tally.note(Kind::Read, len.into(), false);
-                self.outbox.commit(header + len as usize, self.channel)
+                self.outbox.commit(header + len as usize, &mut self.way)
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock && wait == Wait::Never => Err(e),
             Err(e) => {
@@ -454,12 +480,12 @@ impl Session<'_> {
 
     /// Writes `piece` bytes of a payload of which `left` bytes are missing.
     fn payload(&mut self, request: Request, offset: u64, piece: usize, left: usize) -> io::Result<()> {
-        let only_one = self.in_flight == 0 && self.inbox.bytes().len() == piece;
+        let only_one = !self.is_busy() && self.inbox.bytes().len() == piece;
         if piece == left && offset == request.offset && !only_one && self.root.look().bypasses_cache() {
             // Each waits for the device: they should do so together.
             return self.hand_over_write(request, piece);
         }
-        let written = self.root.enter().write(&self.inbox.bytes()[..piece], offset, false);
+        let written = self.way.reads.within(|node| node.write(&self.inbox.bytes()[..piece], offset, false));
         self.inbox.consume(piece);
         let left = left - piece;
         if let Err(e) = written {
@@ -517,52 +543,6 @@ impl Session<'_> {
             meter.record(kind, len, result.is_err(), started);
             slot.fill(style.outcome(to, result));
         })
-    }
-
-    /// Runs `work` on a worker, within this connection's limits.
-    fn hand_over(&mut self, to: To, size: usize, work: impl FnOnce(Slot) + Send + 'static) -> io::Result<()> {
-        let charge = size.max(LEAST_CHARGE);
-        while self.in_flight >= MOST_IN_FLIGHT || (self.in_flight > 0 && self.charged + charge > MOST_CHARGED) {
-            self.outbox.send(self.channel)?;
-            self.wait_for_completions()?;
-            self.send_completions()?;
-        }
-        self.in_flight += 1;
-        self.charged += charge;
-        let slot = self.completions.slot(charge, self.style.error(to, proto::errno(&Errno::IO.into())));
-        self.workers.submit(Box::new(move || work(slot)));
-        Ok(())
-    }
-
-    fn wait_for_completions(&self) -> io::Result<()> {
-        match poll(&mut [PollFd::new(&*self.completions, PollFlags::IN)], None) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(e) => Err(e.into()),
-        }
-    }
-
-    fn send_completions(&mut self) -> io::Result<()> {
-        for bytes in self.collect() {
-            self.push(&bytes)?;
-        }
-        self.outbox.send(self.channel)
-    }
-
-    /// Takes finished replies off the books.
-    fn collect(&mut self) -> Vec<Vec<u8>> {
-        let replies = self.completions.take();
-        self.in_flight -= replies.len();
-        replies
-            .into_iter()
-            .map(|reply| {
-                self.charged -= reply.charge;
-                reply.bytes
-            })
-            .collect()
-    }
-
-    fn push(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.outbox.push(bytes, self.channel)
     }
 }
 
