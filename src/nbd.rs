@@ -241,7 +241,7 @@ impl Options {
             ready.tell().context("could not go into the background")?;
         }
         let end = served.keep(&waiting, &successor, crate::serve::tell)?;
-        let written = if end == End::GivenUp { Ok(()) } else { crate::vvfat::write_back(&mut served) };
+        let written = crate::vvfat::write_back(&mut served);
         let stopped = served.stop();
         drop(pid_file);
         stopped?;

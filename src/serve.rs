@@ -163,7 +163,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let missing = served.missing_layers()?;
     let _ = announce(&served, &missing, uri.as_deref(), vhost_user.as_deref());
     let end = served.keep(&waiting, &successor, tell)?;
-    let written = if end == End::GivenUp { Ok(()) } else { crate::vvfat::write_back(&mut served) };
+    let written = crate::vvfat::write_back(&mut served);
     match end {
         End::Signal => served.stop()?,
         End::Daemon => bail!("the daemon has ended; its own message says why"),

@@ -315,6 +315,27 @@ fn what_guests_wrote_outlives_the_daemon() {
 }
 
 #[test]
+fn what_guests_wrote_outlives_even_a_daemon_that_has_no_successor() {
+    if !tools("what_guests_wrote_outlives_even_a_daemon_that_has_no_successor") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let tree = scratch.path("tree");
+    make_tree(&tree);
+    let mut served = Written::start(&scratch, &["--restarts", "0", &format!("fat:rw:{}", tree.to_str().unwrap())]);
+    run("nbdcopy", &[&served.uri, &scratch.name("copy.raw")]);
+    fs::write(scratch.path("new"), "new").unwrap();
+    mtools(&scratch, "mcopy", &[&scratch.name("new"), "::/new"]);
+    run("nbdcopy", &["--flush", &scratch.name("copy.raw"), &served.uri]);
+    kill_process(Pid::from_raw(served.daemon).unwrap(), Signal::KILL).unwrap();
+    let mut said = String::new();
+    served.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(!served.child.wait().unwrap().success());
+    assert!(said.contains("has died too often") && said.contains("1 files written"), "{said}");
+    assert_eq!(fs::read_to_string(tree.join("new")).unwrap(), "new");
+}
+
+#[test]
 fn changes_are_told_only_of_the_directorys_disk_and_when_nobody_writes() {
     let scratch = Scratch::new();
     fs::write(scratch.path("file"), "x").unwrap();
