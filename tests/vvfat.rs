@@ -12,7 +12,8 @@ use std::path::Path;
 use std::process::Command;
 
 use guest::Kernel;
-use harness::{DOORLESS, Scratch, Serve, TestDaemon, judges, noise, run};
+use harness::{DOORLESS, Running, Scratch, Serve, TestDaemon, judges, noise, run};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 /// Where the partition of a hard disk begins.
@@ -227,6 +228,45 @@ fn a_file_has_the_length_and_the_time_that_it_had_when_the_disk_was_made() {
     let holes = map.as_array().unwrap().iter().filter(|extent| extent["type"] == 3);
     let holes: u64 = holes.map(|extent| extent["length"].as_u64().unwrap()).sum();
     assert!(holes > 500 << 20, "{holes} bytes of holes");
+}
+
+#[test]
+fn what_is_too_large_for_fat16_is_a_fat32_disk_and_holes_stay_holes() {
+    if !tools("what_is_too_large_for_fat16_is_a_fat32_disk_and_holes_stay_holes") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let tree = scratch.path("tree");
+    fs::create_dir(&tree).unwrap();
+    let sparse = File::create(tree.join("sparse")).unwrap();
+    // A cluster and two bytes less than 4 GiB: fsck.fat counts a chain's bytes in 32 bits.
+    sparse.set_len((1 << 32) - 4098).unwrap();
+    sparse.write_all_at(&noise(100_000, 1), 3 << 30).unwrap();
+    fs::write(tree.join("t"), noise(5000, 2)).unwrap();
+    // From the partition on.
+    let (socket, spelled) = (scratch.name("s"), format!("fat:{}", tree.to_str().unwrap()));
+    let arguments = ["nbd", "-t", "-r", "-o", "1M", "-k", &socket, &spelled];
+    let served = Running::start(DOORLESS, &arguments, &socket, Signal::TERM);
+    let uri = manager::serve::uri(Path::new(&socket), "");
+    let map: Value = serde_json::from_str(&run("nbdinfo", &["--map", "--json", &uri])).unwrap();
+    let part = scratch.name("part.raw");
+    run("nbdcopy", &[&uri, &part]);
+    drop(served);
+    let data = map.as_array().unwrap().iter().filter(|extent| extent["type"] == 0);
+    let data: u64 = data.map(|extent| extent["length"].as_u64().unwrap()).sum();
+    assert!((105_000..16 << 20).contains(&data), "{data} bytes of data");
+    // What mtools finds behind four gigabytes is where it should be.
+    let shown = Command::new("mtype").env("MTOOLS_SKIP_CHECK", "1").args(["-i", &part, "::/t"]).output().unwrap();
+    assert!(shown.stdout == noise(5000, 2), "{}", String::from_utf8_lossy(&shown.stderr));
+    let path = std::env::var("PATH").unwrap_or_default() + ":/sbin:/usr/sbin";
+    let checked = Command::new("fsck.fat").env("PATH", path).args(["-n", &part]).output().unwrap();
+    let said = String::from_utf8_lossy(&checked.stdout).into_owned();
+    assert!(checked.status.success() && said.contains("3 files"), "{said}");
+    for options in [["--fat-type", "16"], ["--fat-type", "12"]] {
+        let (status, _, errors) =
+            harness::doorless(&[&["serve", "--format", "vvfat"], &options[..], &[tree.to_str().unwrap()]].concat());
+        assert!(!status.success() && errors.contains("on a hard disk has room for"), "{errors}");
+    }
 }
 
 /// A daemon with `named` in set 1; the text of the error that a node over it meets.

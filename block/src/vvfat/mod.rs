@@ -16,12 +16,14 @@ mod tree;
 mod volume;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
+use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use crate::driver::{
-    Ask, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, OptionValue, Prepared, Target,
-    ZeroFlags,
+    Ask, Detail, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, OptionValue, Prepared,
+    Target, ZeroFlags,
 };
 use crate::{Error, Result};
 pub use changes::{Change, ChangeKind, Changes};
@@ -194,17 +196,21 @@ impl Driver for Vvfat {
         self.len
     }
 
-    fn map(&self, offset: u64, len: u64, _: Ask) -> io::Result<Mapping<'_>> {
+    fn map(&self, offset: u64, len: u64, ask: Ask) -> io::Result<Mapping<'_>> {
         let segment = match self.find(offset) {
             Ok(segment) => segment,
             Err(zeroes) => return Ok(Mapping::fixed(Target::Zero, len.min(zeroes))),
         };
         let skip = offset - segment.start;
+        let len = len.min(segment.len - skip);
         let target = match segment.stored {
+            Stored::File(number) if ask.detail == Detail::Allocation => {
+                return Ok(allocation(self.tree.files[number].fd.as_fd(), skip, len));
+            }
             Stored::File(number) => Target::Fd { fd: self.tree.files[number].fd.as_fd(), offset: skip },
             Stored::Bytes(_) | Stored::Table => Target::Computed,
         };
-        Ok(Mapping::fixed(target, len.min(segment.len - skip)))
+        Ok(Mapping::fixed(target, len))
     }
 
     fn read_computed(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
@@ -247,6 +253,20 @@ impl Driver for Vvfat {
 
     fn info(&self) -> Info {
         Info { cluster_size: Some(self.volume.cluster_bytes().into()), ..Info::default() }
+    }
+}
+
+/// What stands in a file from `offset` on: data, or a hole. A file system that cannot tell has data everywhere.
+fn allocation(fd: BorrowedFd<'_>, offset: u64, len: u64) -> Mapping<'_> {
+    let data = |len| Mapping::fixed(Target::Fd { fd, offset }, len);
+    match rustix::fs::seek(fd, SeekFrom::Data(offset)) {
+        Ok(start) if start > offset => Mapping::fixed(Target::Zero, len.min(start - offset)),
+        Ok(_) => match rustix::fs::seek(fd, SeekFrom::Hole(offset)) {
+            Ok(end) if end > offset => data(len.min(end - offset)),
+            _ => data(len),
+        },
+        Err(Errno::NXIO) => Mapping::fixed(Target::Zero, len),
+        Err(_) => data(len),
     }
 }
 
