@@ -49,6 +49,8 @@ pub struct Header {
     /// Where the tables stand, 0 for one that there is not; and the second copy of each.
     pub tables: Vec<u64>,
     pub copies: Vec<u64>,
+    /// Start and size of everything that must not be written by way of a table: header, descriptor, directories.
+    pub fixed: Vec<(u64, u64)>,
     /// Where metadata ends that stands in front of the grains.
     pub overhead: u64,
     pub unclean: bool,
@@ -151,7 +153,12 @@ impl Header {
         if tables > MAX_TABLES {
             return corrupt(format!("L1 size too big: {tables} tables, most is {MAX_TABLES}"));
         }
-        let directory = |what: &str, sector: u64| read_directory(file, what, bytes_of(what, sector)?, tables, entries);
+        let mut fixed = vec![(0, SECTOR), (at, embedded)];
+        let mut directory = |what: &str, sector: u64| {
+            let at = bytes_of(what, sector)?;
+            fixed.push((at, tables * 4));
+            read_directory(file, what, at, tables, entries)
+        };
         let primary = directory("grain directory", u64_at(bytes, 56))?;
         let copies = match flags & REDUNDANT {
             0 => Vec::new(),
@@ -165,6 +172,7 @@ impl Header {
             entries,
             tables: primary,
             copies,
+            fixed,
             overhead,
             unclean: bytes[72] != 0,
             zero_grains: flags & ZERO_GRAINS != 0,
@@ -200,6 +208,7 @@ impl Header {
             entries: COWD_ENTRIES,
             tables: read_directory(file, "grain directory", directory, tables, COWD_ENTRIES)?,
             copies: Vec::new(),
+            fixed: vec![(0, SECTOR), (directory, tables * 4)],
             overhead: directory + tables * 4,
             unclean: false,
             zero_grains: false,

@@ -127,15 +127,22 @@ impl Sparse {
         self.check_shared_tables()
     }
 
-    /// Whether no table is over another; so many tables have room in the file.
+    /// Whether no table is over another, or over what is no table; so many tables have room in the file.
     pub fn check_shared_tables(&self) -> Result<()> {
         let header = &self.header;
         let bytes = header.entries * 4;
-        let mut tables: Vec<u64> = header.tables.iter().chain(&header.copies).copied().collect();
-        tables.sort_unstable();
-        tables.retain(|&at| at != 0);
-        if tables.windows(2).any(|pair| pair[0] + bytes > pair[1]) {
+        let tables = header.tables.iter().chain(&header.copies).filter(|&&at| at != 0).map(|&at| (at, bytes));
+        let mut all: Vec<(u64, u64)> = tables.collect();
+        all.sort_unstable();
+        if all.windows(2).any(|pair| pair[0].0 + bytes > pair[1].0) {
             return Err(Error::corrupt("two of the VMDK's grain tables share their place; it can be read only"));
+        }
+        let is_over =
+            |&(at, len): &(u64, u64)| all.iter().any(|&(table, bytes)| table < at + len && at < table + bytes);
+        if header.fixed.iter().any(is_over) {
+            return Err(Error::corrupt(
+                "one of the VMDK's grain tables is over its header, descriptor or directory; it can be read only",
+            ));
         }
         Ok(())
     }
