@@ -58,7 +58,8 @@ fn what_clients_write_is_told_over_nbd_and_found_by_qemu_in_the_image() {
     assert_eq!(dirty(&daemon.uri("disk"), "coarse"), [(0, 1 << 20), (3 << 20, 1 << 20), (6 << 20, 2 << 20)]);
     let counts: Vec<Value> = left(&mut daemon).iter().map(|bitmap| bitmap["count"].clone()).collect();
     assert_eq!(counts, [json!(4 << 20), json!(4096 * 2 + 65536 * 2)]);
-    daemon.ok("block-export-del", json!({ "id": "disk" }));
+    // The client has gone, but its connection may not know that yet.
+    daemon.ok("block-export-del", json!({ "id": "disk", "mode": "hard" }));
     daemon.ok("blockdev-del", json!({ "node-name": "disk" }));
     drop(daemon);
     let name = scratch.name("disk.qcow2");
@@ -121,7 +122,8 @@ fn a_transaction_that_fails_leaves_everything_as_it_was() {
     let expected = [("new", 0, true), ("stored", 65536, true), ("old", 0, true)];
     assert_eq!(after, expected.map(|(name, count, on)| (json!(name), json!(count), json!(on))));
     assert!(snapshots().contains("s "));
-    daemon.ok("block-export-del", json!({ "id": "disk" }));
+    // The client has gone, but its connection may not know that yet.
+    daemon.ok("block-export-del", json!({ "id": "disk", "mode": "hard" }));
     daemon.ok("blockdev-del", json!({ "node-name": "disk" }));
     run("qemu-img", &["check", "-q", &scratch.name("disk.qcow2")]);
 }

@@ -41,7 +41,7 @@ fn a_resized_image_is_seen_by_the_next_client_and_by_qemu() {
     let file = nodes.as_array().unwrap().iter().find(|node| node["drv"] == "file").unwrap()["node-name"].clone();
     assert!(error(&mut daemon, json!({ "node-name": file, "size": 512 })).contains("Permission conflict"));
     // Its image locks are gone when the node is.
-    daemon.ok("block-export-del", json!({ "id": "disk" }));
+    daemon.ok("block-export-del", json!({ "id": "disk", "mode": "hard" }));
     daemon.ok("blockdev-del", json!({ "node-name": "disk" }));
     let info: Value =
         serde_json::from_str(&run("qemu-img", &["info", "--output=json", &scratch.name("disk.qcow2")])).unwrap();
@@ -98,7 +98,7 @@ fn snapshots_are_made_and_deleted_as_by_qemu() {
         assert_eq!(daemon.error(command, arguments), error);
     }
     // Its image locks are gone when the node is.
-    daemon.ok("block-export-del", json!({ "id": "disk" }));
+    daemon.ok("block-export-del", json!({ "id": "disk", "mode": "hard" }));
     daemon.ok("blockdev-del", json!({ "node-name": "disk" }));
     run("qemu-img", &["check", "-q", &name]);
     let listed = run("qemu-img", &["snapshot", "-l", &name]);
