@@ -173,9 +173,41 @@ fn connect(daemon: &TestDaemon) -> UnixStream {
 
 /// Resident memory, KiB.
 fn resident(pid: u32) -> u64 {
+    memory(pid, "VmRSS:")
+}
+
+fn memory(pid: u32, what: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(what)).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[test]
+fn a_client_that_never_reads_costs_no_more_memory_than_is_documented() {
+    let name = "a_client_that_never_reads_costs_no_more_memory_than_is_documented";
+    let documented = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/performance.md")).unwrap();
+    let (before, _) = documented.split_once(" MiB of memory per NBD client").unwrap();
+    let most: u64 = before.rsplit(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap();
+    let scratch = Scratch::new();
+    let content = noise(SIZE, 15);
+    let Some(daemon) = direct_daemon(name, &scratch, &content) else { return };
+    read_at_once(&mut connect(&daemon), &[1, 2, 3], &content);
+    let at_first = memory(daemon.pid(), "VmHWM:");
+    let mut silent: Vec<UnixStream> = (0..3).map(|_| connect(&daemon)).collect();
+    // More than 1 GiB of answers for each.
+    silent.iter_mut().for_each(|socket| ask(socket, 1100, 1 << 20));
+    let mut calm = connect(&daemon);
+    let (mut last, mut unchanged) = (0, 0);
+    // Until no more is being done for them.
+    while unchanged < 50 {
+        read_at_once(&mut calm, &[4, 5, 6, 7], &content);
+        let now = resident(daemon.pid());
+        unchanged = if now == last { unchanged + 1 } else { 0 };
+        last = now;
+    }
+    let grown = (memory(daemon.pid(), "VmHWM:") - at_first) >> 10;
+    assert!(grown <= 3 * most, "{grown} MiB for 3 clients, documented are {most} MiB each");
+    daemon.daemon.stop().unwrap();
 }
 
 #[test]

@@ -3,7 +3,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -12,8 +11,6 @@ use rustix::event::{EventfdFlags, eventfd};
 pub struct Completions {
     replies: Mutex<Vec<Reply>>,
     event: OwnedFd,
-    /// Nobody is there any more to hear of anything.
-    abandoned: AtomicBool,
 }
 
 /// The bytes of a reply, and what its request counted against the connection's limits.
@@ -25,7 +22,7 @@ pub struct Reply {
 impl Completions {
     pub fn new() -> io::Result<Arc<Completions>> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Arc::new(Completions { replies: Mutex::default(), event, abandoned: AtomicBool::new(false) }))
+        Ok(Arc::new(Completions { replies: Mutex::default(), event }))
     }
 
     /// The place for one reply; if it is dropped unused (a panic in a worker), `otherwise` is sent.
@@ -33,9 +30,9 @@ impl Completions {
         Slot { completions: Arc::clone(self), charge, reply: otherwise }
     }
 
-    /// The client has gone: what has not begun and changes nothing need not be done any more.
-    pub fn abandon(&self) {
-        self.abandoned.store(true, Ordering::Relaxed);
+    /// A number that no other connection has as long as this one is there.
+    pub fn number(self: &Arc<Completions>) -> usize {
+        Arc::as_ptr(self).addr()
     }
 
     /// Takes what has finished.
@@ -61,11 +58,6 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// Whether there is somebody to hear of it.
-    pub fn is_wanted(&self) -> bool {
-        !self.completions.abandoned.load(Ordering::Relaxed)
-    }
-
     /// Hands over the reply.
     pub fn fill(mut self, bytes: Vec<u8>) {
         self.reply = bytes;

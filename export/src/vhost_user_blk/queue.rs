@@ -31,7 +31,7 @@ use super::proto::Addresses;
 use super::request::{ID, Means, Outcome, Request, put_status};
 use super::ring::{Chain, Corrupt, Ring};
 use crate::meter::Meter;
-use crate::workers::Workers;
+use crate::workers::{Job, Workers};
 
 /// Most requests that are done before the driver is told of them.
 const BATCH: u16 = 32;
@@ -375,7 +375,8 @@ impl<'m> Queue<'m> {
         let (memory, disk) = (Arc::clone(&self.setup.memory), Arc::clone(&self.setup.disk));
         let (meter, started) = (self.setup.meter.clone(), Instant::now());
         self.in_flight += 1;
-        self.setup.workers.submit(Box::new(move || {
+        let export = Arc::as_ptr(&self.setup.disk).addr();
+        let work = move || {
             let performed = request.perform(&memory, disk.means(), Wait::Allowed, &mut Vec::new());
             let result = performed.map(|outcome| outcome.unwrap_or(Outcome { status: 1, written: 0 }));
             if let Some(kind) = request.kind() {
@@ -383,7 +384,9 @@ impl<'m> Queue<'m> {
                 meter.record(kind, request.len, failed, started);
             }
             slot.fill(result);
-        }));
+        };
+        // A guest is never gone in the middle: what it has asked for is done.
+        self.setup.workers.submit(Job { export, client: export, look: false, work: Box::new(work) });
         Ok(())
     }
 

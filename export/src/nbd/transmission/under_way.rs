@@ -2,6 +2,7 @@
 //! What a connection has under way, at the workers and in a ring, within its limits; and how it comes back.
 
 use std::io;
+use std::sync::Arc;
 
 use block::stats::Kind;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -12,6 +13,7 @@ use crate::nbd::completions::Slot;
 use crate::nbd::proto;
 use crate::nbd::reads::{Asked, Ended};
 use crate::nbd::reply::To;
+use crate::workers::Job;
 
 impl Session<'_> {
     /// Whether anything is under way.
@@ -31,11 +33,7 @@ impl Session<'_> {
         size: usize,
         work: impl FnOnce(Slot) + Send + 'static,
     ) -> io::Result<()> {
-        self.hand_over(to, size, move |slot| {
-            if slot.is_wanted() {
-                work(slot);
-            }
-        })
+        self.give_to_workers(to, size, true, work)
     }
 
     /// Runs `work` on a worker, within this connection's limits.
@@ -45,17 +43,50 @@ impl Session<'_> {
         size: usize,
         work: impl FnOnce(Slot) + Send + 'static,
     ) -> io::Result<()> {
+        self.give_to_workers(to, size, false, work)
+    }
+
+    fn give_to_workers(
+        &mut self,
+        to: To,
+        size: usize,
+        look: bool,
+        work: impl FnOnce(Slot) + Send + 'static,
+    ) -> io::Result<()> {
         let charge = size.max(LEAST_CHARGE);
         while self.in_flight >= MOST_IN_FLIGHT || !self.has_room_for(charge) {
             self.outbox.send(&mut self.way)?;
-            self.wait_for_completions()?;
+            self.wait_for_room()?;
             self.send_completions()?;
         }
         self.in_flight += 1;
         self.charged += charge;
         let slot = self.completions.slot(charge, self.style.error(to, proto::errno(&Errno::IO.into())));
-        self.workers.submit(Box::new(move || work(slot)));
+        let (export, client) = (Arc::as_ptr(self.root).addr(), self.completions.number());
+        self.workers.submit(Job { export, client, look, work: Box::new(move || work(slot)) });
         Ok(())
+    }
+
+    /// The same for a client who must still be there: more is wanted of the workers on its behalf.
+    ///
+    /// # Errors
+    /// It has gone.
+    fn wait_for_room(&mut self) -> io::Result<()> {
+        self.way.reads.submit()?;
+        if self.way.reads.has_finished() {
+            return Ok(());
+        }
+        let completed = PollFd::new(&*self.completions, PollFlags::IN);
+        let read = self.way.reads.event().map(|event| PollFd::from_borrowed_fd(event, PollFlags::IN));
+        // Asked for nothing, it tells of the end all the same.
+        let socket = PollFd::new(&**self.way.channel.stream(), PollFlags::empty());
+        let mut fds = [completed.clone(), read.unwrap_or(completed), socket];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let over = fds[2].revents().intersects(PollFlags::HUP | PollFlags::ERR);
+        if over { Err(io::ErrorKind::ConnectionReset.into()) } else { Ok(()) }
     }
 
     /// Waits until something that is under way may have ended.
@@ -94,7 +125,7 @@ impl Session<'_> {
     /// Waits for what is under way, which nobody will hear of. Changes that were asked for are made; the rest is left out if
     /// it has not begun.
     pub(super) fn abandon(&mut self) -> io::Result<()> {
-        self.completions.abandon();
+        self.workers.leave_out(self.completions.number());
         while self.is_busy() {
             self.wait_for_completions()?;
             self.collect();
