@@ -25,6 +25,8 @@ pub fn check<L: Layout>(blocks: &Blocks<L>, start: u64, end: u64, repair: Repair
         report.corruptions_fixed = report.corruptions;
         report.corruptions = 0;
         found = survey(blocks, start, end.max(blocks.end()), &mut |_| {}).map_err(failed)?;
+        // What got a place of its own may have left others empty.
+        report.leaks = found.report.leaks;
     }
     if repair != Repair::Nothing && report.leaks > 0 && found.wrong.is_empty() {
         compact(blocks, &found, start).map_err(|e| Error::io("repair the image", e))?;

@@ -34,6 +34,8 @@ pub struct GrainTables {
     tables: Vec<u64>,
     copies: Vec<u64>,
     zero_grains: bool,
+    /// Bytes that the file has at least.
+    overhead: u64,
     /// Where the file's last byte was when it was opened, or where the last new grain ends: no grain begins behind it.
     end: AtomicU64,
 }
@@ -45,6 +47,10 @@ impl Layout for GrainTables {
 
     fn chunk_entries(&self) -> u64 {
         self.entries
+    }
+
+    fn file_len(&self, end: u64) -> u64 {
+        end.max(self.overhead)
     }
 
     fn chunk_at(&self, chunk: u64) -> Option<u64> {
@@ -90,6 +96,7 @@ impl Sparse {
             tables: header.tables.clone(),
             copies: header.copies.clone(),
             zero_grains: header.zero_grains,
+            overhead: header.overhead,
             end: AtomicU64::new(end),
         };
         let inflated = header.compressed.then(|| Inflated::new(usize::try_from(header.grain).unwrap_or(usize::MAX)));
