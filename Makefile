@@ -23,6 +23,7 @@ demo:
 bench:
 	cargo bench --bench nbd
 	cargo bench --bench vhost_user
+	cargo bench --bench guest
 	cargo bench --bench scale
 	cargo bench --bench qcow2
 	cargo bench --bench formats

@@ -75,7 +75,9 @@ impl Side {
     }
 
     fn reconnect(&mut self, path: &Path) {
-        self.socket.shutdown(std::net::Shutdown::Both).unwrap();
+        // Each side closes when it has seen the end. QEMU may hang up on the next client if that comes before.
+        self.socket.shutdown(std::net::Shutdown::Write).unwrap();
+        std::io::copy(&mut self.lines, &mut std::io::sink()).unwrap();
         (self.socket, self.lines) = connect(path);
         self.added.clear();
         self.marks = 0;

@@ -10,7 +10,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use qmp::{Client, ClientError};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde_json::{Map, Value, json};
@@ -135,9 +135,13 @@ impl Daemon {
         if started(pid) != Some(began) {
             return Err(gone());
         }
-        let socket = UnixStream::connect(monitor).map_err(Error::process(doing))?;
-        let client = Client::with_timeout(socket, Some(patience));
-        let client = client.map_err(|source| Error::Daemon { command: "the connection".into(), source })?;
+        let talk = || {
+            let socket = UnixStream::connect(monitor).map_err(Error::process(doing))?;
+            let client = Client::with_timeout(socket, Some(patience));
+            client.map_err(|source| Error::Daemon { command: "the connection".into(), source })
+        };
+        // One that was killed a moment ago still has its number, but nobody listens any more.
+        let client = talk().map_err(|e| if ends_soon(&pidfd) { gone() } else { e })?;
         Ok(Daemon { process: Process::Adopted { pid, pidfd }, client })
     }
 
@@ -274,6 +278,12 @@ impl Daemon {
             }
         }
     }
+}
+
+/// Whether a process has ended, or does within a second.
+fn ends_soon(pidfd: &OwnedFd) -> bool {
+    let second = Timespec { tv_sec: 1, tv_nsec: 0 };
+    poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&second)).is_ok_and(|ended| ended > 0)
 }
 
 /// When a process that lives began (proc_pid_stat(5), field 22).

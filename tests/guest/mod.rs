@@ -119,6 +119,16 @@ pub fn said(serial: &str) -> Option<String> {
     Some(rest.split_once("END 0")?.0.to_owned())
 }
 
+/// The same with one queue, and a file as the second disk: /dev/vdb.
+pub fn run_vhost_user_beside(kernel: &Kernel, scratch: &Scratch, socket: &str, file: &str, script: &str) -> String {
+    let chardev = format!("socket,id=disk,path={socket}");
+    let memory = "memory-backend-memfd,id=ram,size=256M,share=on";
+    let arguments = ["-object", memory, "-machine", "memory-backend=ram", "-smp", "1", "-chardev", &chardev];
+    let file = format!("if=virtio,format=raw,readonly=on,file={file}");
+    let disks = ["-device", "vhost-user-blk-pci,chardev=disk,num-queues=1", "-drive", &file];
+    run_with(kernel, scratch, &[&arguments[..], &disks].concat(), script)
+}
+
 /// A guest that runs until it is killed, and its serial console.
 pub struct Running {
     child: Child,
