@@ -227,7 +227,12 @@ impl Driver for File {
         }
         let fd = self.fd.as_fd();
         let alone = self.direct.as_ref().map(Direct::alone);
-        rustix::fs::ftruncate(fd, len).map_err(|e| Error::io("set the size of the file", e.into()))?;
+        let failed = |e: Errno| Error::io("set the size of the file", e.into());
+        let stat = rustix::fs::fstat(fd).map_err(failed)?;
+        // ext4 takes an empty file that is made empty for one that is replaced, and writes all of it out when it is closed.
+        if u64::try_from(stat.st_size) != Ok(len) {
+            rustix::fs::ftruncate(fd, len).map_err(failed)?;
+        }
         drop(alone);
         match &self.direct {
             _ if len <= now => {}
