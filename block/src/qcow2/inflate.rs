@@ -10,7 +10,9 @@ use rustix::io::Errno;
 use super::header::Compression;
 
 /// Bytes of inflated clusters that are kept; one cluster at least.
-const KEPT: usize = 4 << 20;
+const KEPT: usize = 16 << 20;
+/// Most clusters that are kept: they are looked for one by one.
+const MOST: usize = 1024;
 
 /// Inflated clusters, the latest first.
 pub struct Inflated {
@@ -41,7 +43,7 @@ impl Inflated {
         let cluster: Arc<[u8]> = load()?.into();
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.insert(0, (offset, Arc::clone(&cluster)));
-        kept.truncate((KEPT / self.cluster_size).max(1));
+        kept.truncate((KEPT / self.cluster_size).clamp(1, MOST));
         Ok(cluster)
     }
 }
