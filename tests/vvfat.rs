@@ -350,11 +350,7 @@ fn a_guest_mounts_the_directory_and_reads_all_of_it() {
     if !judges(test, &["qemu-system-x86_64", "busybox", "cpio", "md5sum"]) {
         return;
     }
-    let Some(kernel) = Kernel::find() else {
-        assert!(std::env::var_os("CI").is_none(), "{test} needs a cloud kernel, and CI must have it");
-        eprintln!("skipped: {test}: needs a kernel of linux-image-cloud-amd64 (make judges)");
-        return;
-    };
+    let Some(kernel) = Kernel::judge(test) else { return };
     let scratch = Scratch::new();
     let tree = scratch.path("tree");
     make_tree(&tree);

@@ -186,6 +186,16 @@ mod tests {
         Job { export, client, look: true, work: Box::new(work) }
     }
 
+    /// Gives every worker something for export and client 1 that ends when the barrier is waited for.
+    fn all_hang(workers: &Workers) -> Arc<Barrier> {
+        let hang = Arc::new(Barrier::new(MOST + 1));
+        for _ in 0..MOST {
+            let hang = Arc::clone(&hang);
+            workers.submit(job(1, 1, move || _ = hang.wait()));
+        }
+        hang
+    }
+
     #[test]
     fn jobs_that_wait_for_each_other_all_run() {
         let workers = Workers::new();
@@ -205,11 +215,7 @@ mod tests {
     #[test]
     fn when_all_hang_an_export_that_has_no_thread_gets_one() {
         let workers = Workers::new();
-        let hang = Arc::new(Barrier::new(MOST + 1));
-        for _ in 0..MOST {
-            let hang = Arc::clone(&hang);
-            workers.submit(job(1, 1, move || _ = hang.wait()));
-        }
+        let hang = all_hang(&workers);
         let (done, all) = channel();
         for export in [2, 2, 3, 2, 3] {
             let done = done.clone();
@@ -225,11 +231,7 @@ mod tests {
     #[test]
     fn what_a_client_who_is_gone_only_wanted_to_see_is_left_out() {
         let workers = Workers::new();
-        let hang = Arc::new(Barrier::new(MOST + 1));
-        for _ in 0..MOST {
-            let hang = Arc::clone(&hang);
-            workers.submit(job(1, 1, move || _ = hang.wait()));
-        }
+        let hang = all_hang(&workers);
         let (done, all) = channel();
         for (client, look) in [(2, true), (3, true), (2, false), (2, true)] {
             let done = done.clone();

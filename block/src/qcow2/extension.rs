@@ -11,9 +11,9 @@ use rustix::io::Errno;
 
 use super::Qcow2;
 use super::header;
+use super::rewrite::EXT_BITMAPS;
 use crate::{Error, Result, Wait};
 
-const KIND: u32 = 0x2385_2875;
 /// Bytes of its data.
 const LEN: usize = 24;
 /// Where the backing file's name is (8 bytes), and its length (4 bytes).
@@ -96,7 +96,7 @@ impl Qcow2 {
         let mut behind = data.to_vec();
         behind.extend([0; 8]);
         self.put(&behind, end as u64 + 8)?;
-        let mut head = KIND.to_be_bytes().to_vec();
+        let mut head = EXT_BITMAPS.to_be_bytes().to_vec();
         head.extend(24u32.to_be_bytes());
         self.put(&head, end as u64)
     }
@@ -133,7 +133,7 @@ impl Qcow2 {
             if next > first_cluster.len() {
                 break;
             }
-            is_last = word(at) == KIND as usize;
+            is_last = word(at) == EXT_BITMAPS as usize;
             if is_last && found.is_none() {
                 found = Some(at + 8);
             }

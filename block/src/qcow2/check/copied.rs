@@ -2,11 +2,9 @@
 //! The copied flags of the active tables: an entry may be overwritten in place if, and only if, its count is one.
 
 use super::Check;
-use super::tables::{Table, Uses};
+use super::tables::{COPIED, OFFSET, Table, Uses};
 use crate::{Repair, Result};
 
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 
 impl Check<'_> {

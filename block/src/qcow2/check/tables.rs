@@ -11,9 +11,9 @@ use crate::{Error, Repair, Result};
 const MOST_TABLES: usize = 1 << 24;
 /// Tables that follow each other are read in pieces of this many bytes.
 const PIECE: u64 = 1 << 20;
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const COPIED: u64 = 1 << 63;
-const ZERO: u64 = 1;
+pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub const COPIED: u64 = 1 << 63;
+pub const ZERO: u64 = 1;
 /// Bits of an entry that is not compressed that are reserved.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 const ALLOCATED: u64 = 0xffff_ffff;

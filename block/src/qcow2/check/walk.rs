@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use super::{Check, words};
 use crate::Result;
+use crate::qcow2::rewrite::EXT_BITMAPS;
 
 /// Bits of an L1 entry that are reserved.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
@@ -22,7 +23,6 @@ const MOST_DIRECTORY: u64 = 64 << 20;
 /// Most entries of a bitmap's table, as in QEMU.
 const MOST_BITMAP_ENTRIES: u32 = 0x800_0000;
 /// Header extensions that name clusters.
-const EXT_BITMAPS: u32 = 0x2385_2875;
 const EXT_LUKS: u32 = 0x0537_be77;
 /// The autoclear bit that says that the bitmaps are in step with the disk.
 const BITMAPS: u64 = 1 << 0;

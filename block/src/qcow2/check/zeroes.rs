@@ -10,13 +10,9 @@
 //! Zeroes are on disk first, then the counts of new clusters, then the entries: a crash leaves at most leaked clusters.
 
 use super::Check;
-use super::tables::Table;
+use super::tables::{COPIED, OFFSET, Table, ZERO};
 use crate::Result;
-
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
+use crate::qcow2::entry::L2Entry;
 
 /// What becomes of an entry.
 enum Fate {
@@ -76,7 +72,8 @@ impl Check<'_> {
     /// That of the entry at byte `at`; `None` if it is not one of zeroes. The same before and after others got clusters.
     fn fate(&self, table: &Table<'_>, at: usize, is_backed: bool) -> Option<Fate> {
         let word = table.word(at);
-        if word & COMPRESSED != 0 || word & ZERO == 0 {
+        let entry = L2Entry { word, bitmap: 0 };
+        if entry.is_compressed() || word & ZERO == 0 {
             return None;
         }
         let place = word & OFFSET;
