@@ -93,11 +93,17 @@ fn ours(input: &[u8], pretty: bool) -> String {
     String::from_utf8(bytes).unwrap()
 }
 
-/// What the judge answers, without its greeting (which tells another package).
+/// What the judge answers, without its greeting (which tells another package). It greets a client twice that was there before
+/// it set up its monitor.
 fn theirs(judge: &Judge, input: &[u8], pretty: bool) -> String {
     let text = String::from_utf8(judge.answers(input)).unwrap();
-    let end = end_of_answer(pretty);
-    text[text.find(end).unwrap() + end.len()..].to_owned()
+    let (greeting, end) = (if pretty { "{\r\n    \"QMP\"" } else { "{\"QMP\"" }, end_of_answer(pretty));
+    assert!(text.starts_with(greeting), "{text}");
+    let mut rest = text.as_str();
+    while rest.starts_with(greeting) {
+        rest = &rest[rest.find(end).unwrap() + end.len()..];
+    }
+    rest.to_owned()
 }
 
 fn compare(judge: &Judge, inputs: impl IntoIterator<Item = Vec<u8>>) {

@@ -143,7 +143,13 @@ impl Serve {
 
 impl Drop for Serve {
     fn drop(&mut self) {
-        let _ = self.child.kill();
+        // In order, so that no daemon has the image locked a moment longer than this value lives; a test that failed may have
+        // left something that does not end so.
+        if std::thread::panicking() {
+            let _ = self.child.kill();
+        } else if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = kill_process(Pid::from_child(&self.child), Signal::INT);
+        }
         let _ = self.child.wait();
     }
 }
