@@ -15,7 +15,7 @@ mod overlays;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{BufRead, BufReader, IoSlice};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -70,8 +70,19 @@ struct Side {
 impl Side {
     fn start(command: &mut Command, path: &Path, replaced: Vec<(String, &'static str)>) -> Side {
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
-        let (socket, lines) = connect(path);
-        Side { child, socket, lines, added: Vec::new(), marks: 0, replaced }
+        // QEMU greets a client twice, or hangs up, that comes before its monitor is set up: nothing is asked of the first ones
+        // but to be answered.
+        let (socket, lines) = loop {
+            let (mut socket, mut lines) = connect(path);
+            let asked = socket.write_all(b"{\"execute\":\"qmp_capabilities\"}\n");
+            let answered = |line: &std::io::Result<String>| line.as_ref().map_or(true, |line| line.contains("return"));
+            if asked.is_ok() && matches!(lines.by_ref().lines().find(answered), Some(Ok(_))) {
+                break (socket, lines);
+            }
+        };
+        let mut side = Side { child, socket, lines, added: Vec::new(), marks: 0, replaced };
+        side.reconnect(path);
+        side
     }
 
     fn reconnect(&mut self, path: &Path) {
@@ -186,7 +197,7 @@ fn connect(path: &Path) -> (UnixStream, BufReader<UnixStream>) {
     // Only for a diagnosis: nothing that works takes a minute.
     socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let mut lines = BufReader::new(socket.try_clone().unwrap());
-    lines.read_line(&mut String::new()).unwrap();
+    let _ = lines.read_line(&mut String::new());
     (socket, lines)
 }
 
