@@ -211,6 +211,26 @@ fn a_client_that_never_reads_costs_no_more_memory_than_is_documented() {
 }
 
 #[test]
+fn clients_share_the_buffers_that_they_do_not_need_at_once() {
+    let scratch = Scratch::new();
+    let content = noise(SIZE, 16);
+    fs::write(scratch.path("disk.raw"), &content).unwrap();
+    let disk = File::options().read(true).write(true).open(scratch.path("disk.raw")).unwrap();
+    let mut daemon = TestDaemon::start();
+    daemon.add_node("disk", "raw", disk, false);
+    daemon.start_nbd();
+    daemon.export("disk", true);
+    let blocks: Vec<u64> = (0..32).map(|index| index * 7).collect();
+    read_at_once(&mut connect(&daemon), &blocks, &content);
+    let at_first = resident(daemon.pid());
+    let mut clients: Vec<UnixStream> = (0..80).map(|_| connect(&daemon)).collect();
+    clients.iter_mut().for_each(|socket| read_at_once(socket, &blocks, &content));
+    let each = (resident(daemon.pid()) - at_first) / 80;
+    assert!(each < 64, "{each} KiB for each client, who asked for 128 KiB at once and has them");
+    daemon.daemon.stop().unwrap();
+}
+
+#[test]
 fn clients_that_die_with_reads_under_way_leave_nothing_behind() {
     let name = "clients_that_die_with_reads_under_way_leave_nothing_behind";
     let scratch = Scratch::new();

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use tracing::{debug, warn};
 
+use super::buffers::Spares;
 use super::channel::Channel;
 use super::context::{Chosen, Context};
 use super::export::{Export, Settings};
@@ -69,6 +70,7 @@ struct Shared {
     limits: Limits,
     tls: Option<Tls>,
     workers: Workers,
+    spares: Spares,
     /// Called when a client has left or the listener has ended.
     changed: Box<dyn Fn() + Send + Sync>,
     /// Readable when the listener's thread should look up from its sleep.
@@ -117,6 +119,7 @@ impl Server {
             limits,
             tls,
             workers,
+            spares: Spares::default(),
             changed: Box::new(changed),
             wake,
             moving,
@@ -362,7 +365,7 @@ impl Shared {
         let Some(meter) = agreed.export.enter(client, &stream) else { return };
         self.lock().served = true;
         let _inside = Inside { export: &agreed.export, client };
-        match transmission::serve(&mut channel, &agreed, meter, &self.workers, &self.moving, &received) {
+        match transmission::serve(&mut channel, &agreed, meter, &self.workers, &self.moving, &self.spares, &received) {
             Ok(End::Moved(received)) => {
                 let contexts = agreed.contexts.iter().map(|chosen| (chosen.id, chosen.context.name())).collect();
                 let export = Arc::clone(&agreed.export);

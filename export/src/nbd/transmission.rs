@@ -6,7 +6,7 @@
 //! A hit in the page cache thus meets no other thread and no lock. Writes to the page cache are done in place too: they may
 //! sleep in the kernel, but only this client waits. Those past it (`O_DIRECT`) always sleep, and go to the workers.
 //!
-//! Memory is bounded by the two buffers and [`MOST_CHARGED`] bytes of replies in flight.
+//! Memory is bounded by two buffers and [`MOST_CHARGED`] bytes of replies in flight.
 //!
 //! Fair to others: a connection has a thread of its own, so the kernel shares out the processor, and at most [`MOST_IN_FLIGHT`]
 //! requests at the workers, who take what comes first. When the client is gone, what has not begun is left out.
@@ -21,7 +21,7 @@ use block::{BlockNode, Root, Wait, ZeroFlags};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use super::buffers::{INBOX, Inbox, Outbox};
+use super::buffers::{INBOX, Inbox, Outbox, Spares};
 use super::channel::Channel;
 use super::completions::Completions;
 use super::context::Chosen;
@@ -57,7 +57,7 @@ pub enum End {
 }
 
 /// Serves requests, of which `received` has come already, until the client disconnects or is to move; then waits for what is in
-/// flight.
+/// flight. Buffers come from `spares`, and go back.
 ///
 /// # Errors
 /// A client that breaks the protocol or vanishes.
@@ -67,6 +67,7 @@ pub fn serve(
     meter: Meter,
     workers: &Workers,
     moving: &Moving,
+    spares: &Spares,
     received: &[u8],
 ) -> io::Result<End> {
     let mut session = Session {
@@ -83,8 +84,8 @@ pub fn serve(
         workers,
         moving,
         moved: false,
-        inbox: Inbox::with(received),
-        outbox: Outbox::new(),
+        inbox: Inbox::with(received, spares),
+        outbox: Outbox::new(spares),
         state: State::Header,
         completions: Completions::new()?,
         in_flight: 0,
@@ -277,6 +278,7 @@ impl Session<'_> {
         self.way.reads.rest();
         // Part of a request may be decrypted already: nothing that the socket could be polled for, and nothing that moves.
         if self.at_boundary() && !self.way.channel.is_encrypted() {
+            self.inbox.rest();
             let socket = self.way.channel.stream();
             let mut fds = [PollFd::new(&**socket, PollFlags::IN), PollFd::new(self.moving, PollFlags::IN)];
             match poll(&mut fds, None) {
