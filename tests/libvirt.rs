@@ -140,7 +140,7 @@ fn domain(file: &str, scratch: &Scratch, (image, initrd): (&Path, &Path), socket
     let mut domain = fs::read_to_string(path).unwrap();
     let (image, initrd, serial) = (image.display(), initrd.display(), scratch.path("serial"));
     let boot = format!(
-        "hvm</type><kernel>{image}</kernel><initrd>{initrd}</initrd><cmdline>console=ttyS0 quiet panic=-1</cmdline>"
+        "hvm</type><kernel>{image}</kernel><initrd>{initrd}</initrd><cmdline>no_timer_check console=ttyS0 quiet panic=-1</cmdline>"
     );
     let console =
         format!("<devices><serial type='file'><source path='{}'/><target port='0'/></serial>", serial.display());
