@@ -25,6 +25,7 @@ mod gate;
 mod graph;
 mod host;
 mod image_locks;
+mod inflated;
 mod inspect;
 mod located;
 pub mod luks;

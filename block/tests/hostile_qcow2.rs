@@ -244,6 +244,38 @@ fn case_58_a_bomb_gives_one_cluster_and_no_more() {
 }
 
 #[test]
+fn case_58_a_cluster_that_breaks_after_it_was_read_is_an_error_too() {
+    // Two blocks as they are: whoever zeroes the head of one leaves none.
+    let half = [0x5a; 32768];
+    let stored = [&[0, 0, 0x80, 0xff, 0x7f][..], &half, &[1, 0, 0x80, 0xff, 0x7f], &half].concat();
+    let step = stored.len().next_multiple_of(512);
+    let mut image = Image::new();
+    // So many that none of the first three is kept until its turn comes again.
+    let count = 300;
+    image.u64(24, count * CLUSTER);
+    for index in 0..usize::try_from(count).unwrap() {
+        let at = image.0.len() as u64;
+        image.l2(index, 1 << 62 | (step as u64 / 512 - 1) << 54 | at);
+        image.0.extend_from_slice(&stored);
+        image.0.resize(image.0.len().next_multiple_of(512), 0);
+    }
+    let file = image.file();
+    let node = open(file.try_clone().unwrap(), &[]).unwrap();
+    for index in 0..count {
+        assert_eq!(read(&node, index * CLUSTER + 4096, 512).unwrap(), [0x5a; 512]);
+    }
+    file.write_all_at(&vec![0; stored.len()], 6 * CLUSTER).unwrap();
+    file.write_all_at(&[0; 1024], 6 * CLUSTER + step as u64 + 5 + 32768).unwrap();
+    assert!(read(&node, 0, 512).is_err(), "nothing is left of it");
+    assert!(read(&node, CLUSTER + 65024, 512).is_err(), "it ends in the middle");
+    for offset in [0, 4096, 65024] {
+        assert!(read(&node, CLUSTER + offset, 512).is_err(), "now it is known to be broken, at {offset}, too");
+    }
+    assert_eq!(read(&node, 2 * CLUSTER, 512).unwrap(), [0x5a; 512], "the next one is not");
+    assert_eq!(read(&node, 2 * CLUSTER, 65536).unwrap(), [0x5a; 65536]);
+}
+
+#[test]
 fn a_table_that_points_into_itself_or_far_away_is_read_as_what_it_says() {
     for l2 in [3 * CLUSTER, 4 * CLUSTER, 1 << 54] {
         let mut image = Image::new();

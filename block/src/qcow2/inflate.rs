@@ -1,73 +1,68 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Compressed clusters: what is stored becomes exactly one cluster or an error, and a few stay in memory.
+//! Compressed clusters: what is stored becomes a cluster, or the first bytes of one, or an error.
 
 use std::io::{self, Read};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use flate2::{Decompress, FlushDecompress, Status};
 use rustix::io::Errno;
 
 use super::header::Compression;
 
-/// Bytes of inflated clusters that are kept; one cluster at least.
-const KEPT: usize = 16 << 20;
-/// Most clusters that are kept: they are looked for one by one.
-const MOST: usize = 1024;
+/// Most inflaters that are kept for the next cluster: 50 KiB each, and what a cluster has stored.
+const SPARE: usize = 8;
+/// An inflater with more room than this for what is stored is not kept.
+const MOST_STORED: usize = 256 << 10;
 
-/// Inflated clusters, the latest first.
-pub struct Inflated {
-    cluster_size: usize,
-    kept: Mutex<Vec<(u64, Arc<[u8]>)>>,
+/// What it takes to inflate a cluster, used again and again.
+pub struct Inflater {
+    /// Room for what is stored.
+    pub stored: Vec<u8>,
+    zlib: Decompress,
 }
 
-impl Inflated {
-    pub fn new(cluster_size: usize) -> Inflated {
-        Inflated { cluster_size, kept: Mutex::default() }
-    }
+/// Inflaters, as many as are used at once.
+#[derive(Default)]
+pub struct Inflaters(Mutex<Vec<Inflater>>);
 
-    /// Forgets what is kept of the cluster whose data stands at `offset`.
-    pub fn forget(&self, offset: u64) {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).retain(|(key, _)| *key != offset);
+impl Inflaters {
+    /// Lends one.
+    pub fn lend<T>(&self, work: impl FnOnce(&mut Inflater) -> T) -> T {
+        let spare = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut inflater = spare.unwrap_or_default();
+        let done = work(&mut inflater);
+        let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.len() < SPARE && inflater.stored.capacity() <= MOST_STORED {
+            spare.push(inflater);
+        }
+        done
     }
+}
 
-    /// The content of the cluster whose data stands at `offset`, made by `load` if it is not kept.
-    pub fn cluster(&self, offset: u64, load: impl FnOnce() -> io::Result<Vec<u8>>) -> io::Result<Arc<[u8]>> {
-        {
-            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(at) = kept.iter().position(|(key, _)| *key == offset) {
-                let found = kept.remove(at);
-                kept.insert(0, found.clone());
-                return Ok(found.1);
+impl Default for Inflater {
+    fn default() -> Inflater {
+        Inflater { stored: Vec::new(), zlib: Decompress::new(false) }
+    }
+}
+
+impl Inflater {
+    /// Fills `cluster` with the first bytes of what `stored` inflates to.
+    ///
+    /// # Errors
+    /// `EIO` if the data up to there is broken or too short; what follows is ignored, be it padding or more of the cluster.
+    pub fn inflate(&mut self, compression: Compression, cluster: &mut [u8]) -> io::Result<()> {
+        let filled = match compression {
+            Compression::Zlib => {
+                self.zlib.reset(false);
+                let status = self.zlib.decompress(&self.stored, cluster, FlushDecompress::Finish);
+                matches!(status, Ok(Status::StreamEnd | Status::BufError | Status::Ok))
+                    && self.zlib.total_out() == cluster.len() as u64
             }
-        }
-        let cluster: Arc<[u8]> = load()?.into();
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.insert(0, (offset, Arc::clone(&cluster)));
-        kept.truncate((KEPT / self.cluster_size).clamp(1, MOST));
-        Ok(cluster)
-    }
-}
-
-/// Inflates `stored` to exactly `len` bytes.
-///
-/// # Errors
-/// `EIO` if the data is broken or too short; what follows the cluster's end is padding and ignored.
-pub fn inflate(compression: Compression, stored: &[u8], len: usize) -> io::Result<Vec<u8>> {
-    let mut cluster = vec![0; len];
-    let whole = match compression {
-        Compression::Zlib => {
-            let mut inflater = Decompress::new(false);
-            let status = inflater.decompress(stored, &mut cluster, FlushDecompress::Finish);
-            matches!(status, Ok(Status::StreamEnd | Status::BufError | Status::Ok))
-                && inflater.total_out() == len as u64
-        }
-        Compression::Zstd => {
-            let mut stored = stored;
-            match ruzstd::decoding::StreamingDecoder::new(&mut stored) {
-                Ok(mut frames) => frames.read_exact(&mut cluster).is_ok(),
+            Compression::Zstd => match ruzstd::decoding::StreamingDecoder::new(&mut self.stored.as_slice()) {
+                Ok(mut frames) => frames.read_exact(cluster).is_ok(),
                 Err(_) => false,
-            }
-        }
-    };
-    if whole { Ok(cluster) } else { Err(Errno::IO.into()) }
+            },
+        };
+        if filled { Ok(()) } else { Err(Errno::IO.into()) }
+    }
 }

@@ -21,7 +21,7 @@ mod extension;
 mod facts;
 mod flush;
 pub(crate) mod header;
-pub mod inflate;
+pub(crate) mod inflate;
 mod l1;
 mod meta;
 mod opening;
@@ -51,11 +51,12 @@ use crate::driver::{
 };
 use crate::encryption::Encryption;
 use crate::gate::{Gate, Hold};
+use crate::inflated::{Content, Inflated};
 use crate::snapshot::Snapshots;
 use crate::{BlockNode, Preallocation, Result, Wait, luks};
 use entry::{Kind, L2Entry, Rules};
 use header::Header;
-use inflate::Inflated;
+use inflate::Inflaters;
 use l1::L1;
 use meta::Meta;
 use slices::Slices;
@@ -122,6 +123,7 @@ pub(crate) struct Qcow2 {
     l1_offset: AtomicU64,
     slices: Slices,
     inflated: Inflated,
+    inflaters: Inflaters,
     /// Whether the image was not closed properly, and was not repaired since.
     dirty: AtomicBool,
     /// Whether requests must be counted: places change hands.
@@ -204,15 +206,19 @@ impl Qcow2 {
         self.landed.notify_all();
     }
 
-    /// The content of a compressed cluster.
-    fn inflate(&self, entry: L2Entry) -> io::Result<Arc<[u8]>> {
+    /// The content of a compressed cluster up to byte `end` at least.
+    fn inflate(&self, entry: L2Entry, end: usize) -> io::Result<Content> {
         let (at, len) = entry.compressed_range(self.rules.cluster_bits);
-        let cluster_size = 1usize << self.rules.cluster_bits;
-        self.inflated.cluster(at, || {
-            // A compressed cluster is never longer than twice a cluster: the width of its length field sees to that.
-            let mut stored = vec![0; usize::try_from(len).map_err(|_| Errno::IO)?];
-            self.file.read_or_zero(&mut stored, at, Wait::Allowed)?;
-            inflate::inflate(self.header.compression, &stored, cluster_size)
+        self.inflated.cluster(at, end, |content, needed| {
+            self.inflaters.lend(|inflater| {
+                // A compressed cluster is never longer than twice a cluster: the width of its length field sees to that.
+                inflater.stored.resize(usize::try_from(len).map_err(|_| Errno::IO)?, 0);
+                self.file.read_or_zero(&mut inflater.stored, at, Wait::Allowed)?;
+                // As large as the room of any other, so that any other can take its place.
+                content.reserve_exact((1usize << self.rules.cluster_bits).saturating_sub(content.len()));
+                content.resize(needed, 0);
+                inflater.inflate(self.header.compression, content)
+            })
         })
     }
 }

@@ -10,7 +10,7 @@ use std::sync::{Condvar, Mutex, OnceLock};
 use super::Qcow2;
 use super::entry::{L1Entry, Rules};
 use super::header::{self, Header};
-use super::inflate::Inflated;
+use super::inflate::Inflaters;
 use super::l1::L1;
 use super::meta::Meta;
 use super::places::{Found, Places, Structure};
@@ -22,6 +22,7 @@ use crate::coalesce::Coalesced;
 use crate::driver::{Driver, OpenRequest, OptionValue};
 use crate::encryption::Encryption;
 use crate::gate::Gate;
+use crate::inflated::Inflated;
 use crate::luks;
 use crate::{BlockNode, Error, Result, Wait};
 
@@ -91,7 +92,8 @@ pub fn open(request: OpenRequest) -> Result<Box<dyn Driver>> {
         l1: L1::new(read_l1(&file, &header)?),
         l1_offset: AtomicU64::new(header.l1_offset),
         slices: Slices::new(header.size.div_ceil(covered), words, budget),
-        inflated: Inflated::new(1 << header.cluster_bits),
+        inflated: Inflated::in_parts(1 << header.cluster_bits),
+        inflaters: Inflaters::default(),
         dirty: AtomicBool::new(header.dirty),
         header,
         file,

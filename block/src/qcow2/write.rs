@@ -186,9 +186,9 @@ impl Qcow2 {
             Kind::Zero => return Ok(false),
             Kind::Stored(place) => self.read_place(buf, place + inside)?,
             Kind::Compressed => {
-                let cluster = self.inflate(entry)?;
                 let inside = usize::try_from(inside).unwrap_or(usize::MAX);
-                buf.copy_from_slice(cluster.get(inside..inside + buf.len()).ok_or(Errno::IO)?);
+                let end = inside.saturating_add(buf.len());
+                buf.copy_from_slice(self.inflate(entry, end)?.get(inside..end).ok_or(Errno::IO)?);
             }
             Kind::Invalid => return Err(Errno::IO.into()),
         }

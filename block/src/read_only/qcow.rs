@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use super::{BACKING, FILE, Lookup, ReadOnly, Run, Stored, backing_name, entry, field, header, u32_be, u64_be};
 use crate::driver::{Driver, DriverEntry, Info, OpenRequest};
 use crate::qcow2::header::Compression;
-use crate::qcow2::inflate::inflate;
+use crate::qcow2::inflate::Inflater;
 use crate::{BlockNode, Error, Result, Wait};
 
 pub(crate) const ENTRY: DriverEntry = entry(
@@ -102,8 +102,11 @@ impl Lookup for Qcow {
         let Stored::Packed(entry) = run.stored else { return Err(Errno::IO.into()) };
         let cluster = 1u64 << self.cluster_bits;
         let len = entry >> (63 - self.cluster_bits) & (cluster - 1);
-        let mut stored = vec![0; usize::try_from(len).unwrap_or(0)];
-        self.file.read_or_zero(&mut stored, entry & ((1 << (63 - self.cluster_bits)) - 1), Wait::Allowed)?;
-        inflate(Compression::Zlib, &stored, usize::try_from(cluster).unwrap_or(0))
+        let mut inflater = Inflater::default();
+        inflater.stored.resize(usize::try_from(len).unwrap_or(0), 0);
+        self.file.read_or_zero(&mut inflater.stored, entry & ((1 << (63 - self.cluster_bits)) - 1), Wait::Allowed)?;
+        let mut content = vec![0; usize::try_from(cluster).unwrap_or(0)];
+        inflater.inflate(Compression::Zlib, &mut content)?;
+        Ok(content)
     }
 }

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use super::header::{Header, SECTOR};
 use crate::blocks::{Blocks, Layout, Place};
 use crate::driver::{Ask, Mapping, Target};
-use crate::qcow2::inflate::Inflated;
+use crate::inflated::Inflated;
 use crate::{BlockNode, Error, Result, Wait};
 
 const NONE: u32 = 0;
@@ -199,8 +199,11 @@ impl Sparse {
         let (Place::At(at), Some(inflated)) = (self.blocks.place(number, Wait::Allowed)?, &self.inflated) else {
             return Err(Errno::IO.into());
         };
-        let content = inflated.cluster(at, || self.load(number, at))?;
         let start = usize::try_from(offset % grain).map_err(|_| Errno::IO)?;
+        let content = inflated.cluster(at, start + buf.len(), |content, _| {
+            *content = self.load(number, at)?;
+            Ok(())
+        })?;
         buf.copy_from_slice(content.get(start..start + buf.len()).ok_or(Errno::IO)?);
         Ok(())
     }
