@@ -14,13 +14,25 @@ use crate::{Error, Preallocation, Result, Wait};
 
 /// Bytes that are copied at a time.
 const PIECE: u64 = 1 << 20;
+/// So many blocks more than the file has room for may get a place of their own: an image whose whole table names one block would
+/// become as large as it says that its disk is.
+const SPARE: usize = 16;
 
 /// Looks at every entry of `blocks`, whose blocks begin at `start` and end at `end` of the file at most.
 pub fn check<L: Layout>(blocks: &Blocks<L>, start: u64, end: u64, repair: Repair, say: Say<'_>) -> Result<CheckReport> {
     let failed = |e| Error::io("check the image", e);
     let mut found = survey(blocks, start, end, say).map_err(failed)?;
     let mut report = found.report;
-    if repair == Repair::All && !found.wrong.is_empty() {
+    let step = blocks.layout.block_size() + blocks.layout.lead();
+    let places = usize::try_from(end.saturating_sub(start) / step).unwrap_or(usize::MAX);
+    let shared = found.wrong.iter().filter(|(_, is_shared)| *is_shared).count();
+    if repair == Repair::All && shared > places.saturating_add(SPARE) {
+        say(&format!(
+            "{shared} blocks have their place in common with others, of {places} places: not repaired, the image would grow \
+             by {} bytes; convert what can be read of it into another image",
+            (shared as u64).saturating_mul(step)
+        ));
+    } else if repair == Repair::All && !found.wrong.is_empty() {
         mend(blocks, &found, say).map_err(|e| Error::io("repair the image", e))?;
         report.corruptions_fixed = report.corruptions;
         report.corruptions = 0;

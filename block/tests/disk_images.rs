@@ -158,6 +158,24 @@ fn an_entry_that_leads_nowhere_says_nothing_after_a_repair() {
 }
 
 #[test]
+fn a_repair_does_not_write_out_what_a_whole_table_takes_from_one_block() {
+    let image = make("vdi", 64 * MIB, &[]);
+    let (nodes, node) = open("vdi", &image, true).unwrap();
+    node.write(&[1; 4096], 0, false).unwrap();
+    drop((node, nodes));
+    let len = image.metadata().unwrap().len();
+    put(&image, 512, &[0; 64 * 4]);
+    let repaired = check("vdi", &image, Repair::All);
+    assert_eq!((repaired.corruptions, repaired.corruptions_fixed), (63, 0));
+    assert_eq!(image.metadata().unwrap().len(), len);
+    // As few as an accident leaves get places of their own.
+    put(&image, 512 + 4 * 4, &[0xff; 60 * 4]);
+    let repaired = check("vdi", &image, Repair::All);
+    assert_eq!((repaired.corruptions, repaired.corruptions_fixed), (0, 3));
+    assert_eq!(faults("vdi", &image), (0, 0));
+}
+
+#[test]
 fn leaked_room_is_given_back_and_the_file_gets_shorter() {
     if !judge("leaked_room_is_given_back_and_the_file_gets_shorter", "qemu-img") {
         return;
