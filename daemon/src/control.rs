@@ -14,10 +14,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use sys::signal::Signals;
 
-use crate::attention::Attention;
 use crate::monitor::{Monitor, Source};
 use crate::state::{Daemon, FdsetEvents};
 use crate::wake::Wake;
+use export::Attention;
 
 /// A monitor to be.
 #[derive(Debug)]

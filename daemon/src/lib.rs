@@ -7,7 +7,6 @@
 
 mod aio;
 mod alarms;
-mod attention;
 pub mod attest;
 mod authz;
 mod background;

@@ -6,6 +6,7 @@
 //! protocols, [`Workers`] are the
 //! threads that sleep in NBD's stead; [`Running`] is what all have in common.
 
+mod attention;
 pub mod fuse;
 mod meter;
 pub mod nbd;
@@ -14,6 +15,7 @@ mod running;
 pub mod vhost_user_blk;
 mod workers;
 
+pub use attention::Attention;
 pub use meter::Meter;
 pub use rings::{Borrowed, Rings};
 pub use running::{ClientShown, Running};

@@ -32,6 +32,7 @@ use super::reads::Reads;
 use super::reply::{self, Style, To};
 use super::status;
 use super::way::Way;
+use crate::attention::Attention;
 use crate::meter::Meter;
 use crate::running::Running as _;
 use crate::workers::Workers;
@@ -92,6 +93,8 @@ pub fn serve(
         charged: 0,
         meter,
         tally: Tally::default(),
+        asked: 0,
+        attention: Attention::default(),
     };
     let served = session.run();
     // The export is in use until its last request has ended, whoever is there to hear of it.
@@ -139,12 +142,17 @@ struct Session<'a> {
     meter: Meter,
     /// What the batch that is being answered consists of.
     tally: Tally,
+    /// Requests of the batch that is being answered.
+    asked: usize,
+    /// How quickly this client asks again.
+    attention: Attention,
 }
 
 impl Session<'_> {
     fn run(&mut self) -> io::Result<()> {
         while !matches!(self.state, State::Goodbye) && self.receive()? {
             let received = Instant::now();
+            self.attention.asked(received);
             // Reads under way since the last batch may be waited for.
             self.way.reads.give_way()?;
             while self.step()? {}
@@ -152,6 +160,11 @@ impl Session<'_> {
             let sent = self.outbox.send(&mut self.way);
             self.meter.settle(&mut self.tally, received);
             sent?;
+            // A client that waits for each answer asks at once again; one that does not leaves more time between its batches than
+            // it takes to wake up.
+            if std::mem::take(&mut self.asked) == 1 {
+                self.attention.answered(Instant::now());
+            }
         }
         let left = matches!(self.state, State::Goodbye) || self.moved;
         if !left && self.way.channel.stream().is_deserted() {
@@ -278,6 +291,9 @@ impl Session<'_> {
         self.way.reads.rest();
         // Part of a request may be decrypted already: nothing that the socket could be polled for, and nothing that moves.
         if self.at_boundary() && !self.way.channel.is_encrypted() {
+            if let Some(came) = self.look_out(wanted)? {
+                return Ok(came);
+            }
             self.inbox.rest();
             let socket = self.way.channel.stream();
             let mut fds = [PollFd::new(&**socket, PollFlags::IN), PollFd::new(self.moving, PollFlags::IN)];
@@ -290,6 +306,28 @@ impl Session<'_> {
             }
         }
         Ok(self.inbox.receive(self.way.channel, wanted, true)? > 0)
+    }
+
+    /// Looks out for the next request instead of sleeping, if that is worth it: false at the end of the stream, or when the client
+    /// is to move. `None` if nothing came.
+    fn look_out(&mut self, wanted: usize) -> io::Result<Option<bool>> {
+        let Some(end) = self.attention.look_out(Instant::now()) else { return Ok(None) };
+        while !self.leaves() {
+            match self.inbox.receive(self.way.channel, wanted, false) {
+                Ok(came) => {
+                    self.attention.paid();
+                    return Ok(Some(came > 0));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
+            }
+            if Instant::now() >= end {
+                self.attention.in_vain();
+                return Ok(None);
+            }
+            std::hint::spin_loop();
+        }
+        Ok(Some(false))
     }
 
     /// Whether what comes next is a request.
@@ -306,6 +344,7 @@ impl Session<'_> {
     /// Checks a request (proto.md, "Request types"; errors as QEMU gives them) and starts it.
     fn request(&mut self, mut request: Request) -> io::Result<()> {
         let Request { flags, command, len, .. } = request;
+        self.asked += 1;
         if command == Command::Disconnect {
             self.state = State::Goodbye;
             return Ok(());

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How long the control thread looks out for the next command before it sleeps.
+//! How long a thread looks out for the next request before it sleeps.
 //!
-//! To be woken costs more than to run most commands. So for a client that asks again at once, as one that sets up a machine's
-//! disks does, the thread stays awake for [`PATIENCE`] after an answer. Where that is in vain (a slow client, one that runs on
-//! the same processor, a machine that is busy with other work) it sleeps at once the next times, twice as often after every
-//! failure. An idle daemon costs nothing.
+//! To be woken costs more than most requests do. So for a client that asks again at once, as one that sets up a machine's disks
+//! over a monitor does, or one that waits for each block it reads, the thread stays awake for [`PATIENCE`] after an answer.
+//! Where that is in vain (a slow client, one that runs on the same processor, a machine that is busy with other work) it sleeps
+//! at once the next times, twice as often after every failure. An idle daemon costs nothing.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ const PATIENCE: Duration = Duration::from_micros(100);
 /// After so many failures in a row, one look in 2^this is risked.
 const MOST_FAILURES: u32 = 10;
 
-/// What is known of how quickly commands follow answers.
+/// What is known of how quickly a client's requests follow its answers.
 #[derive(Debug, Default)]
 pub struct Attention {
     answered: Option<Instant>,
