@@ -392,21 +392,28 @@ impl<L: Layout> Blocks<L> {
 
     fn write_back(&self) -> io::Result<()> {
         let _order = self.writing_back.lock().unwrap_or_else(PoisonError::into_inner);
-        let (dirty, end) = {
+        let dirty = {
             let mut state = self.state();
-            (std::mem::take(&mut state.dirty), state.end)
+            if state.dirty.is_empty() {
+                drop(state);
+                return self.file.flush();
+            }
+            // Nobody writes behind the end while the lock is held. A block that begins later would be cut off, or lie under what is
+            // published.
+            if self.file.len() < state.end {
+                self.file.resize(state.end, Preallocation::Off).map_err(Error::into_io)?;
+            }
+            self.layout.publish(state.end)?;
+            std::mem::take(&mut state.dirty)
         };
-        if dirty.is_empty() {
-            return self.file.flush();
-        }
-        let written = self.write_entries(&dirty, end);
+        let written = self.write_entries(&dirty);
         if written.is_err() {
             self.state().dirty.extend(dirty);
         }
         written
     }
 
-    fn write_entries(&self, dirty: &BTreeSet<u64>, end: u64) -> io::Result<()> {
+    fn write_entries(&self, dirty: &BTreeSet<u64>) -> io::Result<()> {
         // As they are now: their data is written, and so is flushed with the rest.
         let mut entries: BTreeMap<u64, [u8; 4]> = BTreeMap::new();
         let per_chunk = self.layout.chunk_entries();
@@ -415,10 +422,6 @@ impl<L: Layout> Blocks<L> {
             let tables = [self.layout.chunk_at(block / per_chunk), self.layout.copy_at(block / per_chunk)];
             entries.extend(tables.into_iter().flatten().map(|table| (table + block % per_chunk * 4, entry)));
         }
-        if self.file.len() < end {
-            self.file.resize(end, Preallocation::Off).map_err(Error::into_io)?;
-        }
-        self.layout.publish(end)?;
         self.file.flush()?;
         let mut entries = entries.into_iter().peekable();
         while let Some((at, entry)) = entries.next() {

@@ -166,6 +166,31 @@ fn two_writers_of_one_cluster_lose_nothing_of_each_other() {
 }
 
 #[test]
+fn a_flush_cuts_off_nothing_of_a_block_that_begins_meanwhile() {
+    for kind in KINDS {
+        let image = make(kind);
+        let (nodes, node) = open(kind, &image, true);
+        let places: Vec<u64> = (0..node.len() / 65536).map(|cluster| cluster * 65536).collect();
+        let written = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // The last sector of what a cluster may be: nothing else of it makes the file longer.
+                places.iter().for_each(|at| node.write(&[7; 512], at + (127 * 512), false).unwrap());
+                written.store(true, std::sync::atomic::Ordering::Release);
+            });
+            while !written.load(std::sync::atomic::Ordering::Acquire) {
+                node.flush().unwrap();
+            }
+        });
+        drop((node, nodes));
+        let (_nodes, node) = open(kind, &image, false);
+        for at in places {
+            assert_eq!(read(&node, at + (127 * 512), 512).unwrap(), [7; 512], "{kind:?} at {at}");
+        }
+    }
+}
+
+#[test]
 fn random_requests_leave_what_a_vector_of_bytes_has_in_every_format() {
     for kind in KINDS {
         let image = make(kind);
