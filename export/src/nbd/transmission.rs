@@ -39,6 +39,8 @@ use crate::workers::Workers;
 
 mod under_way;
 
+/// A request that is worth looking out for the next one after it, bytes at most.
+const SMALL: u64 = 32 << 10;
 /// Most requests at the workers at once, for one connection.
 const MOST_IN_FLIGHT: usize = 16;
 /// Most bytes of replies that workers may be making for one connection; a single larger read passes alone.
@@ -142,7 +144,7 @@ struct Session<'a> {
     meter: Meter,
     /// What the batch that is being answered consists of.
     tally: Tally,
-    /// Requests of the batch that is being answered.
+    /// Requests of the batch that is being answered; a large one counts as more than one.
     asked: usize,
     /// How quickly this client asks again.
     attention: Attention,
@@ -344,7 +346,8 @@ impl Session<'_> {
     /// Checks a request (proto.md, "Request types"; errors as QEMU gives them) and starts it.
     fn request(&mut self, mut request: Request) -> io::Result<()> {
         let Request { flags, command, len, .. } = request;
-        self.asked += 1;
+        // A large one takes longer than to wake up.
+        self.asked += if len <= SMALL { 1 } else { 2 };
         if command == Command::Disconnect {
             self.state = State::Goodbye;
             return Ok(());
