@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use confine::Confined;
-use export::Rings;
+use export::{Attention, Rings};
 use fdset::Lifetime;
 use qmp::Table;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -17,7 +17,6 @@ use sys::signal::Signals;
 use crate::monitor::{Monitor, Source};
 use crate::state::{Daemon, FdsetEvents};
 use crate::wake::Wake;
-use export::Attention;
 
 /// A monitor to be.
 #[derive(Debug)]
@@ -173,7 +172,8 @@ fn wait(
     let busy = monitors.iter().any(Monitor::is_busy).then(Instant::now);
     let next = monitors.iter().filter_map(Monitor::deadline).chain(daemon.fdsets.next_deadline()).chain(busy).min();
     let timeout = next.map(until);
-    if busy.is_some() || !looked_out(&mut fds, attention)? {
+    let seen = if busy.is_some() { None } else { attention.look_out(|| look(&mut fds))? };
+    if seen.is_none() {
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
@@ -184,23 +184,12 @@ fn wait(
     Ok(Ready { signal: fired[0], woken: fired[1], monitors: ready.map(|(&index, _)| index).collect() })
 }
 
-/// Looks out for something to do without sleeping, if that is worth it; whether there is something.
-fn looked_out(fds: &mut [PollFd<'_>], attention: &mut Attention) -> io::Result<bool> {
-    let Some(end) = attention.look_out(Instant::now()) else { return Ok(false) };
-    loop {
-        match poll(fds, Some(&NOT_AT_ALL)) {
-            Ok(0) | Err(Errno::INTR) => {}
-            Ok(_) => {
-                attention.paid();
-                return Ok(true);
-            }
-            Err(e) => return Err(e.into()),
-        }
-        if Instant::now() >= end {
-            attention.in_vain();
-            return Ok(false);
-        }
-        std::hint::spin_loop();
+/// Whether there is something to do, without sleeping.
+fn look(fds: &mut [PollFd<'_>]) -> io::Result<Option<()>> {
+    match poll(fds, Some(&NOT_AT_ALL)) {
+        Ok(0) | Err(Errno::INTR) => Ok(None),
+        Ok(_) => Ok(Some(())),
+        Err(e) => Err(e.into()),
     }
 }
 

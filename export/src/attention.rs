@@ -6,6 +6,7 @@
 //! Where that is in vain (a slow client, one that runs on the same processor, a machine that is busy with other work) it sleeps
 //! at once the next times, twice as often after every failure. An idle daemon costs nothing.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 /// How long after an answer a quick client asks again. About what it costs to wake two threads, one after the other.
@@ -35,9 +36,27 @@ impl Attention {
         self.quick = since.is_some_and(|since| since < PATIENCE);
     }
 
-    /// Until when to look out without sleeping, before the next sleep; `None` to sleep at once. Say then whether
-    /// [it paid](Attention::paid) or was [in vain](Attention::in_vain).
-    pub fn look_out(&mut self, now: Instant) -> Option<Instant> {
+    /// Looks again and again before the next sleep, if that is worth it, until there is something; `None` if it is time to sleep.
+    ///
+    /// # Errors
+    /// Those of `look`.
+    pub fn look_out<T>(&mut self, mut look: impl FnMut() -> io::Result<Option<T>>) -> io::Result<Option<T>> {
+        let Some(end) = self.patience(Instant::now()) else { return Ok(None) };
+        loop {
+            if let Some(something) = look()? {
+                self.paid();
+                return Ok(Some(something));
+            }
+            if Instant::now() >= end {
+                self.in_vain();
+                return Ok(None);
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Until when to look out; `None` to sleep at once.
+    fn patience(&mut self, now: Instant) -> Option<Instant> {
         let end = self.answered.filter(|_| self.quick)? + PATIENCE;
         if self.rests > 0 {
             self.rests -= 1;
@@ -47,12 +66,12 @@ impl Attention {
     }
 
     /// Something came while the thread looked out.
-    pub fn paid(&mut self) {
+    fn paid(&mut self) {
         self.failures = 0;
     }
 
     /// Nothing came.
-    pub fn in_vain(&mut self) {
+    fn in_vain(&mut self) {
         self.quick = false;
         self.failures = (self.failures + 1).min(MOST_FAILURES);
         self.rests = 1 << self.failures;
@@ -74,17 +93,17 @@ mod tests {
     #[test]
     fn it_looks_out_a_moment_for_quick_clients_and_not_at_all_for_others() {
         let (mut attention, mut now) = (Attention::default(), Instant::now());
-        assert_eq!(attention.look_out(now), None, "nobody has asked");
+        assert_eq!(attention.patience(now), None, "nobody has asked");
         round(&mut attention, &mut now, 0);
-        assert_eq!(attention.look_out(now), None, "one command is no haste");
+        assert_eq!(attention.patience(now), None, "one command is no haste");
         round(&mut attention, &mut now, 50);
-        assert_eq!(attention.look_out(now), Some(now + PATIENCE));
+        assert_eq!(attention.patience(now), Some(now + PATIENCE));
         attention.paid();
-        assert_eq!(attention.look_out(now + PATIENCE), None, "it is over");
+        assert_eq!(attention.patience(now + PATIENCE), None, "it is over");
         round(&mut attention, &mut now, 5000);
-        assert_eq!(attention.look_out(now), None, "it was slow the last time");
+        assert_eq!(attention.patience(now), None, "it was slow the last time");
         round(&mut attention, &mut now, 50);
-        assert_eq!(attention.look_out(now), Some(now + PATIENCE), "and quick again");
+        assert_eq!(attention.patience(now), Some(now + PATIENCE), "and quick again");
     }
 
     #[test]
@@ -94,7 +113,7 @@ mod tests {
             let mut count = 0;
             for _ in 0..times {
                 round(&mut attention, &mut now, 10);
-                if attention.look_out(now).is_some() {
+                if attention.patience(now).is_some() {
                     count += 1;
                     if pays { attention.paid() } else { attention.in_vain() }
                 }
