@@ -23,7 +23,7 @@ pub fn check<L: Layout>(blocks: &Blocks<L>, start: u64, end: u64, repair: Repair
     let failed = |e| Error::io("check the image", e);
     let mut found = survey(blocks, start, end, say).map_err(failed)?;
     let mut report = found.report;
-    let step = blocks.layout.block_size() + blocks.layout.lead();
+    let step = blocks.layout.step();
     let places = usize::try_from(end.saturating_sub(start) / step).unwrap_or(usize::MAX);
     let shared = found.wrong.iter().filter(|(_, is_shared)| *is_shared).count();
     if repair == Repair::All && shared > places.saturating_add(SPARE) {
@@ -60,7 +60,7 @@ struct Survey {
 
 fn survey<L: Layout>(blocks: &Blocks<L>, start: u64, end: u64, say: Say<'_>) -> io::Result<Survey> {
     let size = blocks.layout.block_size();
-    let step = size + blocks.layout.lead();
+    let step = blocks.layout.step();
     let mut report = CheckReport { total_clusters: blocks.size().div_ceil(size), ..CheckReport::default() };
     let (mut used, mut wrong) = (Vec::new(), Vec::new());
     // More cannot stand beside each other.
@@ -116,7 +116,7 @@ fn survey<L: Layout>(blocks: &Blocks<L>, start: u64, end: u64, say: Say<'_>) -> 
 
 /// Gives each block that shares its place one of its own, with what it shows; an entry that names no place says nothing afterwards.
 fn mend<L: Layout>(blocks: &Blocks<L>, found: &Survey, say: Say<'_>) -> io::Result<()> {
-    let step = blocks.layout.block_size() + blocks.layout.lead();
+    let step = blocks.layout.step();
     for &(block, is_shared) in &found.wrong {
         let Place::At(old) = blocks.place(block, Wait::Allowed)? else {
             blocks.set(block, None)?;
@@ -139,7 +139,7 @@ fn mend<L: Layout>(blocks: &Blocks<L>, found: &Survey, say: Say<'_>) -> io::Resu
 
 /// Moves the last blocks to where nothing is, and makes the file shorter.
 fn compact<L: Layout>(blocks: &Blocks<L>, found: &Survey, start: u64) -> io::Result<()> {
-    let step = blocks.layout.block_size() + blocks.layout.lead();
+    let step = blocks.layout.step();
     let mut holes = Vec::new();
     let mut at = start;
     for &(place, _) in &found.used {
@@ -174,7 +174,7 @@ fn compact<L: Layout>(blocks: &Blocks<L>, found: &Survey, start: u64) -> io::Res
 
 /// Copies a block with what stands in front of it.
 fn copy<L: Layout>(blocks: &Blocks<L>, from: u64, to: u64) -> io::Result<()> {
-    let step = blocks.layout.block_size() + blocks.layout.lead();
+    let step = blocks.layout.step();
     let mut piece = vec![0; usize::try_from(PIECE.min(step)).map_err(|_| Errno::FBIG)?];
     for at in (0..step).step_by(1 << 20) {
         let len = usize::try_from((step - at).min(PIECE)).map_err(|_| Errno::FBIG)?;

@@ -48,6 +48,11 @@ pub trait Layout: Send + Sync {
         0
     }
 
+    /// Bytes from a block's place to that of one that stands right behind it.
+    fn step(&self) -> u64 {
+        self.block_size() + self.lead()
+    }
+
     /// Entries that stand together and are read together.
     fn chunk_entries(&self) -> u64 {
         1024
@@ -200,7 +205,7 @@ impl<L: Layout> Blocks<L> {
         let first = offset / size;
         let place = self.place(first, ask.wait)?;
         let mut end = (first + 1) * size;
-        let step = size + self.layout.lead();
+        let step = self.layout.step();
         // Runs of one kind are told together; blocks that stand in a row only where nothing stands between them.
         while end < offset + len {
             let next = match self.place(end / size, Wait::Never) {
@@ -274,7 +279,7 @@ impl<L: Layout> Blocks<L> {
             return Err(Errno::IO.into());
         }
         let place = state.spare.pop().unwrap_or_else(|| self.layout.next_place(state.end));
-        let end = place.checked_add(self.layout.lead() + self.layout.block_size()).ok_or(Errno::FBIG)?;
+        let end = place.checked_add(self.layout.step()).ok_or(Errno::FBIG)?;
         if self.layout.encode(place).is_none() {
             state.spare.push(place);
             return Err(Errno::FBIG.into());

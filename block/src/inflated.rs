@@ -105,6 +105,17 @@ impl Inflated {
         Ok(content)
     }
 
+    /// The whole content of the cluster whose data stands at `offset`, made by `load` if it is not kept.
+    ///
+    /// # Errors
+    /// Those of `load`.
+    pub fn whole(&self, offset: u64, load: impl FnOnce() -> io::Result<Vec<u8>>) -> io::Result<Content> {
+        self.cluster(offset, 0, |content, _| {
+            *content = load()?;
+            Ok(())
+        })
+    }
+
     fn spare(&self, kept: &mut Kept, room: Vec<u8>) {
         if kept.spare.len() < (SPARE / self.cluster_size).max(1) {
             kept.spare.push(room);
@@ -221,6 +232,14 @@ mod tests {
         }
     }
 
+    /// With cluster `offset` known to be sound, and nothing of it kept.
+    fn with_sound(offset: u64) -> Inflated {
+        let inflated = Inflated::in_parts(CLUSTER);
+        read(&inflated, offset, 1);
+        turn_over(&inflated);
+        inflated
+    }
+
     #[test]
     fn a_cluster_is_inflated_once_while_it_is_kept() {
         let inflated = Inflated::in_parts(CLUSTER);
@@ -232,9 +251,7 @@ mod tests {
 
     #[test]
     fn of_a_cluster_that_is_known_to_be_sound_a_part_is_inflated_and_then_all_of_it() {
-        let inflated = Inflated::in_parts(CLUSTER);
-        read(&inflated, 7, 1);
-        turn_over(&inflated);
+        let inflated = with_sound(7);
         assert_eq!(read(&inflated, 7, 4096), 4096);
         assert_eq!(read(&inflated, 7, 4096), 0);
         assert_eq!(read(&inflated, 7, 4097), CLUSTER);
@@ -264,9 +281,7 @@ mod tests {
 
     #[test]
     fn what_is_forgotten_is_inflated_whole_although_it_was_sound() {
-        let inflated = Inflated::in_parts(CLUSTER);
-        read(&inflated, 7, 1);
-        turn_over(&inflated);
+        let inflated = with_sound(7);
         inflated.forget(7);
         assert_eq!(read(&inflated, 7, 4096), CLUSTER);
     }
@@ -308,9 +323,7 @@ mod tests {
 
     #[test]
     fn two_that_come_for_one_cluster_leave_the_longer_part_of_it() {
-        let inflated = Inflated::in_parts(CLUSTER);
-        read(&inflated, 7, 1);
-        turn_over(&inflated);
+        let inflated = with_sound(7);
         let short = inflated.cluster(7, 512, |content, len| {
             // Meanwhile another reader needs more.
             assert_eq!(read(&inflated, 7, 4096), 4096);

@@ -8,6 +8,7 @@ use flate2::{Decompress, FlushDecompress, Status};
 use rustix::io::Errno;
 
 use super::header::Compression;
+use crate::{BlockNode, Wait};
 
 /// Most inflaters that are kept for the next cluster: 50 KiB each, and what a cluster has stored.
 const SPARE: usize = 8;
@@ -17,7 +18,7 @@ const MOST_STORED: usize = 256 << 10;
 /// What it takes to inflate a cluster, used again and again.
 pub struct Inflater {
     /// Room for what is stored.
-    pub stored: Vec<u8>,
+    stored: Vec<u8>,
     zlib: Decompress,
 }
 
@@ -46,11 +47,22 @@ impl Default for Inflater {
 }
 
 impl Inflater {
-    /// Fills `cluster` with the first bytes of what `stored` inflates to.
+    /// Fills `cluster` with the first bytes of what `len` bytes at `offset` of `file` inflate to; what lies past the end of the
+    /// file counts as zeroes.
     ///
     /// # Errors
-    /// `EIO` if the data up to there is broken or too short; what follows is ignored, be it padding or more of the cluster.
-    pub fn inflate(&mut self, compression: Compression, cluster: &mut [u8]) -> io::Result<()> {
+    /// The file's; `EIO` if the data up to there is broken or too short. What follows is ignored, be it padding or more of the
+    /// cluster.
+    pub fn inflate(
+        &mut self,
+        file: &BlockNode,
+        offset: u64,
+        len: u64,
+        compression: Compression,
+        cluster: &mut [u8],
+    ) -> io::Result<()> {
+        self.stored.resize(usize::try_from(len).map_err(|_| Errno::IO)?, 0);
+        file.read_or_zero(&mut self.stored, offset, Wait::Allowed)?;
         let filled = match compression {
             Compression::Zlib => {
                 self.zlib.reset(false);

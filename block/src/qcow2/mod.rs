@@ -211,13 +211,11 @@ impl Qcow2 {
         let (at, len) = entry.compressed_range(self.rules.cluster_bits);
         self.inflated.cluster(at, end, |content, needed| {
             self.inflaters.lend(|inflater| {
-                // A compressed cluster is never longer than twice a cluster: the width of its length field sees to that.
-                inflater.stored.resize(usize::try_from(len).map_err(|_| Errno::IO)?, 0);
-                self.file.read_or_zero(&mut inflater.stored, at, Wait::Allowed)?;
                 // As large as the room of any other, so that any other can take its place.
                 content.reserve_exact((1usize << self.rules.cluster_bits).saturating_sub(content.len()));
                 content.resize(needed, 0);
-                inflater.inflate(self.header.compression, content)
+                // A compressed cluster is never longer than twice a cluster: the width of its length field sees to that.
+                inflater.inflate(&self.file, at, len, self.header.compression, content)
             })
         })
     }

@@ -137,11 +137,8 @@ impl<L: Lookup> Driver for ReadOnly<L> {
     fn read_computed(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let run = self.lookup.find(offset, Wait::Allowed)?;
         let Stored::Packed(place) = run.stored else { return Err(Errno::IO.into()) };
+        let content = self.unpacked.whole(place, || self.lookup.unpack(&run))?;
         let skip = offset.checked_sub(run.start).and_then(|skip| usize::try_from(skip).ok()).ok_or(Errno::IO)?;
-        let content = self.unpacked.cluster(place, skip.saturating_add(buf.len()), |content, _| {
-            *content = self.lookup.unpack(&run)?;
-            Ok(())
-        })?;
         let content = content.get(skip..).and_then(|content| content.get(..buf.len())).ok_or(Errno::IO)?;
         buf.copy_from_slice(content);
         Ok(())

@@ -102,11 +102,9 @@ impl Lookup for Qcow {
         let Stored::Packed(entry) = run.stored else { return Err(Errno::IO.into()) };
         let cluster = 1u64 << self.cluster_bits;
         let len = entry >> (63 - self.cluster_bits) & (cluster - 1);
-        let mut inflater = Inflater::default();
-        inflater.stored.resize(usize::try_from(len).unwrap_or(0), 0);
-        self.file.read_or_zero(&mut inflater.stored, entry & ((1 << (63 - self.cluster_bits)) - 1), Wait::Allowed)?;
+        let at = entry & ((1 << (63 - self.cluster_bits)) - 1);
         let mut content = vec![0; usize::try_from(cluster).unwrap_or(0)];
-        inflater.inflate(Compression::Zlib, &mut content)?;
+        Inflater::default().inflate(&self.file, at, len, Compression::Zlib, &mut content)?;
         Ok(content)
     }
 }

@@ -199,11 +199,8 @@ impl Sparse {
         let (Place::At(at), Some(inflated)) = (self.blocks.place(number, Wait::Allowed)?, &self.inflated) else {
             return Err(Errno::IO.into());
         };
+        let content = inflated.whole(at, || self.load(number, at))?;
         let start = usize::try_from(offset % grain).map_err(|_| Errno::IO)?;
-        let content = inflated.cluster(at, start + buf.len(), |content, _| {
-            *content = self.load(number, at)?;
-            Ok(())
-        })?;
         buf.copy_from_slice(content.get(start..start + buf.len()).ok_or(Errno::IO)?);
         Ok(())
     }
