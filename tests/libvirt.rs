@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use guest::Kernel;
+use guest::{COMMAND_LINE, Kernel};
 use harness::{Scratch, Serve, judges, noise, text};
 
 /// The ordinary user, if the tests run as root: libvirtd as root would be the machine's.
@@ -139,9 +139,7 @@ fn domain(file: &str, scratch: &Scratch, (image, initrd): (&Path, &Path), socket
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/libvirt").join(file);
     let mut domain = fs::read_to_string(path).unwrap();
     let (image, initrd, serial) = (image.display(), initrd.display(), scratch.path("serial"));
-    let boot = format!(
-        "hvm</type><kernel>{image}</kernel><initrd>{initrd}</initrd><cmdline>no_timer_check console=ttyS0 quiet panic=-1</cmdline>"
-    );
+    let boot = format!("hvm</type><kernel>{image}</kernel><initrd>{initrd}</initrd><cmdline>{COMMAND_LINE}</cmdline>");
     let console =
         format!("<devices><serial type='file'><source path='{}'/><target port='0'/></serial>", serial.display());
     let ours = [("type='kvm'", "type='qemu'"), ("'MiB'>1024<", "'MiB'>256<"), ("hvm</type>", &boot)];

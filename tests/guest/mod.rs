@@ -17,7 +17,7 @@ use crate::harness::Scratch;
 const QEMU: &str = "qemu-system-x86_64";
 
 /// An emulated guest on a busy machine may miss the ticks that its kernel looks for at boot, and would give up.
-const COMMAND_LINE: &str = "no_timer_check console=ttyS0 quiet panic=-1";
+pub const COMMAND_LINE: &str = "no_timer_check console=ttyS0 quiet panic=-1";
 /// Drivers of the disk and its file systems.
 const MODULES: [&str; 7] = ["virtio_pci", "virtio_blk", "ext4", "vfat", "nls_cp437", "nls_ascii", "nls_utf8"];
 /// A guest that has not powered off by then, or is silent for so long, hangs; emulated ones take about ten seconds.
