@@ -7,7 +7,7 @@ mod harness;
 use std::fs::File;
 use std::process::{Command, Stdio};
 
-use harness::{DOORLESS, Running, Scratch, Serve, TestDaemon, judges, noise, python_with, run, text};
+use harness::{DOORLESS, Running, Scratch, Serve, TestDaemon, judges, noise, python_with, run, run_in, text};
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -116,7 +116,7 @@ fn fio_verifies_what_it_wrote_over_four_connections() {
     let uri = format!("--uri={}", server.uri);
     let job = ["--name=v", "--ioengine=nbd", &uri, "--rw=randwrite", "--bs=4k", "--iodepth=16", "--numjobs=4"];
     let parts = ["--size=2m", "--offset_increment=2m", "--verify=crc32c", "--verify_fatal=1", "--randseed=7"];
-    let said = run("fio", &[&job[..], &parts, &["--output-format=json"]].concat());
+    let said = run_in(&scratch.path("."), "fio", &[&job[..], &parts, &["--output-format=json"]].concat());
     let report: serde_json::Value = serde_json::from_str(&said[said.find('{').unwrap()..]).unwrap();
     for job in report["jobs"].as_array().unwrap() {
         assert_eq!(job["error"], 0, "{said}");
