@@ -2,7 +2,7 @@
 //! The load: plain NBD over a unix socket, a fixed number of requests in flight, everything read is checked.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{IoSlice, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -73,12 +73,27 @@ pub struct Measured {
     pub memory: f64,
 }
 
-/// The byte at an offset: differs from its neighbours and between blocks, and every writer writes the same.
+/// Bytes of what the pattern is made of.
+const SECTOR: usize = 512;
+/// A payload from this many bytes on is not copied behind its header first: the load must not be slower than the servers.
+const LARGE: usize = 64 << 10;
+/// What a sector holds behind its number.
+const FILLER: [u8; SECTOR] = {
+    let (mut filler, mut state, mut at) = ([0; SECTOR], 0x9e37_79b9_u32, 0);
+    while at < SECTOR {
+        state = state.wrapping_mul(0x0019_660d).wrapping_add(0x3c6e_f35f);
+        filler[at] = state.to_be_bytes()[0];
+        at += 1;
+    }
+    filler
+};
+
+/// What a disk holds at an offset, a multiple of 512: every sector differs from every other one, and every writer writes the same.
 fn pattern(buf: &mut [u8], offset: u64) {
-    for (index, word) in buf.chunks_mut(8).enumerate() {
-        let at = offset / 8 + index as u64;
-        let value = at.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
-        word.copy_from_slice(&value[..word.len()]);
+    for (index, sector) in buf.chunks_mut(SECTOR).enumerate() {
+        sector.copy_from_slice(&FILLER[..sector.len()]);
+        let number = offset / SECTOR as u64 + index as u64;
+        sector[..8].copy_from_slice(&number.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
     }
 }
 
@@ -200,6 +215,17 @@ impl Connection {
         check(&reply[16..], offset);
     }
 
+    /// Sends what has gathered, and a payload behind it.
+    fn send(&mut self, gathered: &mut Vec<u8>, payload: &[u8]) {
+        let mut parts = &mut [IoSlice::new(gathered), IoSlice::new(payload)][..];
+        IoSlice::advance_slices(&mut parts, 0);
+        while !parts.is_empty() {
+            let sent = self.socket.write_vectored(parts).unwrap();
+            IoSlice::advance_slices(&mut parts, sent);
+        }
+        gathered.clear();
+    }
+
     /// Keeps `depth` requests in flight until the time is over; latencies in nanoseconds.
     fn load(&mut self, workload: &Workload, length: Duration, seed: u64) -> Vec<u64> {
         let blocks = self.size / workload.block as u64;
@@ -225,12 +251,16 @@ impl Connection {
                 header(&mut out, write, slot as u64, offset, workload.block);
                 if write {
                     pattern(&mut payload, offset);
+                }
+                let sent = Instant::now();
+                if write && workload.block >= LARGE {
+                    self.send(&mut out, &payload);
+                } else if write {
                     out.extend_from_slice(&payload);
                 }
-                flights[slot] = Some(Flight { offset, write, sent: Instant::now() });
+                flights[slot] = Some(Flight { offset, write, sent });
             }
-            self.socket.write_all(&out).unwrap();
-            out.clear();
+            self.send(&mut out, &[]);
             if free.len() == workload.depth {
                 return latencies;
             }

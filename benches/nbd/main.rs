@@ -18,12 +18,13 @@ use report::Report;
 use servers::{Format, SERVERS, Server};
 
 const HELP: &str = "\
-Usage: cargo bench --bench nbd -- [--rounds N] [--seconds N] [--size MIB] [--only TEXT] [--dir DIR] [--json FILE]
+Usage: cargo bench --bench nbd -- [--rounds N] [--seconds N] [--size MIB] [--only TEXT] [--server TEXT] [--dir DIR] [--json FILE]
 
   --rounds N    rounds, each with every server and workload (default 3)
   --seconds N   length of one measurement (default 2)
   --size MIB    size of the disk (default 512)
-  --only TEXT   only workloads whose name contains TEXT
+  --only TEXT   only workloads whose name contains TEXT, or one that is named so
+  --server TEXT only servers whose name contains TEXT
   --dir DIR     where the disks are made (default: the temporary directory)
   --json FILE   write every measurement there, too
 ";
@@ -57,6 +58,7 @@ struct Options {
     seconds: u64,
     size: u64,
     only: String,
+    server: String,
     dir: PathBuf,
     json: Option<PathBuf>,
 }
@@ -71,13 +73,19 @@ fn main() {
         println!("left out: qcow2 workloads (qemu-img is not installed)");
     }
     let empty = dir.path().join("empty.qcow2");
-    let servers: Vec<&Server> = SERVERS.iter().filter(|server| server.is_there()).collect();
+    let named = |server: &&Server| server.name.contains(&options.server);
+    let servers: Vec<&Server> = SERVERS.iter().filter(named).filter(|server| server.is_there()).collect();
     for missing in SERVERS.iter().filter(|server| !server.is_there()) {
         println!("left out: {} (not installed)", missing.name);
     }
+    let exactly: Vec<&Workload> = WORKLOADS.iter().filter(|workload| workload.name == options.only).collect();
+    let wanted = match exactly[..] {
+        [] => WORKLOADS.iter().filter(|workload| workload.name.contains(&options.only)).collect(),
+        _ => exactly,
+    };
     let mut report = Report::default();
     for round in 1..=options.rounds {
-        for workload in WORKLOADS.iter().filter(|workload| workload.name.contains(&options.only)) {
+        for workload in &wanted {
             let image = match workload.format {
                 Format::Raw => Some(&raw),
                 Format::Qcow2 => qcow2.as_ref(),
@@ -107,8 +115,15 @@ fn main() {
 }
 
 fn options() -> Option<Options> {
-    let mut options =
-        Options { rounds: 3, seconds: 2, size: 512, only: String::new(), dir: std::env::temp_dir(), json: None };
+    let mut options = Options {
+        rounds: 3,
+        seconds: 2,
+        size: 512,
+        only: String::new(),
+        server: String::new(),
+        dir: std::env::temp_dir(),
+        json: None,
+    };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         // Cargo adds this to every benchmark.
@@ -121,6 +136,7 @@ fn options() -> Option<Options> {
             "--seconds" => options.seconds = value.parse().ok()?,
             "--size" => options.size = value.parse().ok()?,
             "--only" => options.only = value,
+            "--server" => options.server = value,
             "--dir" => options.dir = value.into(),
             "--json" => options.json = Some(value.into()),
             _ => return None,
