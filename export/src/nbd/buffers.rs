@@ -19,8 +19,9 @@ pub const INBOX: usize = BUFFER;
 const BUFFER: usize = (1 << 20) + (64 << 10);
 /// Most bytes received at once: what fits the processor's cache is still there when it is parsed.
 const RECEIVE: usize = 256 << 10;
-/// Replies leave when this many bytes have gathered, even in the middle of a batch.
-const SEND_AT: usize = 256 << 10;
+/// Replies leave when this many bytes have been moved for them, even in the middle of a batch: the client, on a processor of its
+/// own, goes through these while the rest is being made, and has asked for more before there is nothing left to do.
+const SEND_AT: usize = 64 << 10;
 
 /// Buffers that nobody uses: no more than there are who may come to need one, however many were in use at once before.
 #[derive(Clone, Default)]
@@ -136,6 +137,8 @@ pub struct Outbox {
     /// After `buf`, which goes back first.
     spares: Spares,
     filled: usize,
+    /// Bytes moved since the last time.
+    moved: usize,
 }
 
 impl Outbox {
@@ -143,7 +146,7 @@ impl Outbox {
     pub const MOST: usize = BUFFER - 64;
 
     pub fn new(spares: &Spares) -> Outbox {
-        Outbox { spares: spares.clone(), buf: None, filled: 0 }
+        Outbox { spares: spares.clone(), buf: None, filled: 0, moved: 0 }
     }
 
     /// Room for `count` bytes (at most [`Outbox::MOST`] and a header); what is there leaves first if it must.
@@ -159,7 +162,13 @@ impl Outbox {
     /// Adds the first `count` reserved bytes to what will be sent.
     pub fn commit(&mut self, count: usize, way: &mut Way<'_>) -> io::Result<()> {
         self.filled += count;
-        if self.filled >= SEND_AT { self.send(way) } else { Ok(()) }
+        self.moved += count;
+        if self.moved >= SEND_AT { self.send(way) } else { Ok(()) }
+    }
+
+    /// Counts bytes that were received and written; their reply comes next.
+    pub fn note_written(&mut self, count: usize) {
+        self.moved += count;
     }
 
     /// Adds bytes of any length.
@@ -180,6 +189,7 @@ impl Outbox {
             way.write_all(&buf[..self.filled])?;
             self.filled = 0;
         }
+        self.moved = 0;
         self.buf = None;
         Ok(())
     }

@@ -416,6 +416,7 @@ impl Session<'_> {
         }
         let written = self.way.reads.within(|node| node.write(&self.inbox.bytes()[..piece], offset, false));
         self.inbox.consume(piece);
+        self.outbox.note_written(piece);
         let left = left - piece;
         if let Err(e) = written {
             self.tally.note(Kind::Write, request.len, true);
