@@ -74,7 +74,7 @@ fn main() {
     }
     let empty = dir.path().join("empty.qcow2");
     let named = |server: &&Server| server.name.contains(&options.server);
-    let servers: Vec<&Server> = SERVERS.iter().filter(named).filter(|server| server.is_there()).collect();
+    let mut servers: Vec<&Server> = SERVERS.iter().filter(named).filter(|server| server.is_there()).collect();
     for missing in SERVERS.iter().filter(|server| !server.is_there()) {
         println!("left out: {} (not installed)", missing.name);
     }
@@ -92,6 +92,11 @@ fn main() {
                 Format::EmptyQcow2 => qcow2.as_ref().map(|_| &empty),
             };
             let Some(image) = image else { continue };
+            if workload.cache == Cache::Warm && workload.format != Format::EmptyQcow2 {
+                load::warm(image, workload);
+            }
+            // Each is the first one at times: it may find what the last workload left.
+            servers.rotate_left(1);
             for server in servers.iter().filter(|server| server.reads(workload.format)) {
                 if workload.format == Format::EmptyQcow2 {
                     servers::make_empty(&empty);

@@ -27,7 +27,8 @@ impl Report {
                 "  {:<20} {:>10} {:>9} {:>10} {:>9} {:>9} {:>9} {:>8}   doorless against it: cpu/req, iops",
                 "server", "iops", "MiB/s", "cpu/req us", "p50 us", "p99 us", "start ms", "MiB"
             );
-            let rows: Vec<&Row> = self.0.iter().filter(|row| row.workload == workload).collect();
+            let mut rows: Vec<&Row> = self.0.iter().filter(|row| row.workload == workload).collect();
+            rows.sort_by_key(|row| row.server != "doorless");
             for server in distinct(rows.iter().map(|row| row.server)) {
                 let of = |value: fn(&Measured) -> f64| {
                     median(rows.iter().filter(|row| row.server == server).map(|row| value(&row.measured)).collect())
