@@ -22,7 +22,8 @@ pub fn spelled(
     let Some(mut rest) = image.as_os_str().as_bytes().strip_prefix(b"fat:") else {
         return Ok((image.to_owned(), format, options));
     };
-    if let Some(format) = format.filter(|format| format != FORMAT) {
+    // A disk without a format over it is what it is, and QEMU's users say so to be spared its probing.
+    if let Some(format) = format.filter(|format| ![FORMAT, "raw"].contains(&format.as_str())) {
         bail!("'{}' is a directory as a FAT disk, and cannot have the format {format}", image.display());
     }
     while let Some(colon) = rest.iter().position(|&byte| byte == b':') {
@@ -70,6 +71,8 @@ mod tests {
         assert_eq!(options, Options { fat_type: Some(12), floppy: true, ..Options::default() });
         assert_eq!(spelled("fat:dir").unwrap().0, PathBuf::from("dir"));
         assert_eq!(spelled("fat.img").unwrap().1, None);
-        assert!(super::spelled(Path::new("fat:dir"), Some("raw".into()), Options::default()).is_err());
+        let with = |format: &str| super::spelled(Path::new("fat:dir"), Some(format.into()), Options::default());
+        assert_eq!(with("raw").unwrap().1.as_deref(), Some(FORMAT));
+        assert!(with("qcow2").is_err());
     }
 }
