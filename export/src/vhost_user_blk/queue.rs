@@ -33,8 +33,9 @@ use super::ring::{Chain, Corrupt, Ring};
 use crate::meter::Meter;
 use crate::workers::{Job, Workers};
 
-/// Most requests that are done before the driver is told of them.
-const BATCH: u16 = 32;
+/// Most requests that are done before the driver is told of them. With a processor of its own it goes through these while the next
+/// are being done, and has asked for more before there is nothing left to do.
+const BATCH: u16 = 16;
 /// Most requests of one queue at the workers.
 const MOST_IN_FLIGHT: usize = 64;
 /// Stack of a queue's thread in bytes.
