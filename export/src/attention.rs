@@ -2,21 +2,23 @@
 //! How long a thread looks out for the next request before it sleeps.
 //!
 //! To be woken costs more than most requests do. So for a client that asks again at once, as one that sets up a machine's disks
-//! over a monitor does, or one that waits for each block it reads, the thread stays awake for [`PATIENCE`] after an answer.
+//! over a monitor does, or one that waits for each block it reads, the thread stays awake for a moment after an answer.
 //! Where that is in vain (a slow client, one that runs on the same processor, a machine that is busy with other work) it sleeps
 //! at once the next times, twice as often after every failure. An idle daemon costs nothing.
 
 use std::io;
 use std::time::{Duration, Instant};
 
-/// How long after an answer a quick client asks again. About what it costs to wake two threads, one after the other.
+/// How long after an answer a quick client asks again, unless said otherwise. About what it costs to wake two threads, one after
+/// the other.
 const PATIENCE: Duration = Duration::from_micros(100);
 /// After so many failures in a row, one look in 2^this is risked.
 const MOST_FAILURES: u32 = 10;
 
 /// What is known of how quickly a client's requests follow its answers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Attention {
+    patience: Duration,
     answered: Option<Instant>,
     quick: bool,
     failures: u32,
@@ -24,7 +26,18 @@ pub struct Attention {
     rests: u32,
 }
 
+impl Default for Attention {
+    fn default() -> Attention {
+        Attention::lasting(PATIENCE)
+    }
+}
+
 impl Attention {
+    /// One that looks out for at most so long.
+    pub fn lasting(patience: Duration) -> Attention {
+        Attention { patience, answered: None, quick: false, failures: 0, rests: 0 }
+    }
+
     /// Answers have gone out.
     pub fn answered(&mut self, now: Instant) {
         self.answered = Some(now);
@@ -33,7 +46,7 @@ impl Attention {
     /// A client has something to say.
     pub fn asked(&mut self, now: Instant) {
         let since = self.answered.take().map(|answered| now.saturating_duration_since(answered));
-        self.quick = since.is_some_and(|since| since < PATIENCE);
+        self.quick = since.is_some_and(|since| since < self.patience);
     }
 
     /// Looks again and again before the next sleep, if that is worth it, until there is something; `None` if it is time to sleep.
@@ -57,7 +70,7 @@ impl Attention {
 
     /// Until when to look out; `None` to sleep at once.
     fn patience(&mut self, now: Instant) -> Option<Instant> {
-        let end = self.answered.filter(|_| self.quick)? + PATIENCE;
+        let end = self.answered.filter(|_| self.quick)? + self.patience;
         if self.rests > 0 {
             self.rests -= 1;
             return None;

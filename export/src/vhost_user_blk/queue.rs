@@ -5,9 +5,9 @@
 //! workers and comes back through [`Completions`]. A single request with nothing behind it is done here even if it sleeps: to
 //! hand it over would cost more than it could win. Queues share nothing but the node, so a guest's processors do not meet.
 //!
-//! The thread sleeps in epoll as soon as there is nothing to do; to look for requests a while longer was measured, and did not
-//! pay where the host's processors are all in use. The driver's notifications are watched by edge, so none of them has to be
-//! read away.
+//! The thread sleeps in epoll when there is nothing to do. Before that it looks out a moment for a driver that asks one thing at a
+//! time, quickly, as long as that pays ([`Attention`]): then nobody is woken, and the driver need not notify. Its notifications are
+//! watched by edge, so none of them has to be read away.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -30,12 +30,16 @@ use super::memory::Memory;
 use super::proto::Addresses;
 use super::request::{ID, Means, Outcome, Request, put_status};
 use super::ring::{Chain, Corrupt, Ring};
+use crate::attention::Attention;
 use crate::meter::Meter;
 use crate::workers::{Job, Workers};
 
 /// Most requests that are done before the driver is told of them. With a processor of its own it goes through these while the next
 /// are being done, and has asked for more before there is nothing left to do.
 const BATCH: u16 = 16;
+/// How long to look out for the next request: a driver that takes longer is woken up itself in between, and to wait for it costs more
+/// than to be woken.
+const PATIENCE: Duration = Duration::from_micros(50);
 /// Most requests of one queue at the workers.
 const MOST_IN_FLIGHT: usize = 64;
 /// Stack of a queue's thread in bytes.
@@ -254,6 +258,8 @@ struct Queue<'m> {
     /// Something was pushed that is not published.
     pushed: bool,
     tally: Tally,
+    /// How quickly the driver asks again.
+    attention: Attention,
     // Room that is used again and again.
     chain: Chain,
     request: Request,
@@ -278,6 +284,7 @@ impl<'m> Queue<'m> {
             in_flight: 0,
             pushed: false,
             tally: Tally::default(),
+            attention: Attention::lasting(PATIENCE),
             chain: Chain::default(),
             request: Request::default(),
             slices: Vec::new(),
@@ -291,13 +298,20 @@ impl<'m> Queue<'m> {
         loop {
             self.collect()?;
             let started = Instant::now();
-            let came = self.batch()?;
+            let taken = self.batch()?;
             self.publish()?;
             self.setup.meter.settle(&mut self.tally, started);
             if self.stop.flag.load(Ordering::Acquire) {
                 return self.finish();
             }
-            if came {
+            if taken > 0 {
+                self.attention.asked(started);
+                if taken == 1 {
+                    self.attention.answered(Instant::now());
+                }
+                continue;
+            }
+            if self.in_flight == 0 && self.look_out()? {
                 continue;
             }
             let full = self.in_flight >= MOST_IN_FLIGHT;
@@ -331,11 +345,21 @@ impl<'m> Queue<'m> {
         Ok(())
     }
 
-    /// Takes and does what is available, up to a batch; whether there was anything.
-    fn batch(&mut self) -> Result<bool, Corrupt> {
+    /// Looks out for the next request, if that is worth it; whether there is one, or the queue is to stop.
+    fn look_out(&mut self) -> Result<bool, Corrupt> {
+        let (ring, stop) = (&self.ring, &self.stop.flag);
+        let came = self.attention.look_out(|| match ring.available() {
+            Ok(0) if !stop.load(Ordering::Acquire) => Ok(None),
+            other => Ok(Some(other)),
+        });
+        came.ok().flatten().transpose().map(|came| came.is_some())
+    }
+
+    /// Takes and does what is available, up to a batch; how many that were.
+    fn batch(&mut self) -> Result<u16, Corrupt> {
         let available = self.ring.available()?;
         let alone = available == 1 && self.in_flight == 0;
-        let mut came = false;
+        let mut taken = 0;
         for _ in 0..available.min(BATCH) {
             if self.in_flight >= MOST_IN_FLIGHT {
                 break;
@@ -345,9 +369,9 @@ impl<'m> Queue<'m> {
                 tracker.taken(head)?;
             }
             self.one(head, alone)?;
-            came = true;
+            taken += 1;
         }
-        Ok(came)
+        Ok(taken)
     }
 
     /// Does one request, or has it done.
