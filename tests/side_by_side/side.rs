@@ -9,11 +9,13 @@ use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 /// One `sendmsg` and what it carries.
@@ -71,40 +73,60 @@ impl Side {
         self.marks = 0;
     }
 
-    fn send(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    fn send(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> std::io::Result<()> {
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() {
             assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
         }
-        assert_eq!(
-            sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, SendFlags::empty()).unwrap(),
-            bytes.len()
-        );
+        assert_eq!(sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?, bytes.len());
+        Ok(())
+    }
+
+    /// Whether it ends by `abort`, having hung up.
+    fn aborts(&mut self) -> bool {
+        for _ in 0..1000 {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.signal() == Some(Signal::ABORT.as_raw());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        false
     }
 
     /// Sends a step and gives everything that is answered to it, one line each.
     pub fn play(&mut self, step: &Step, disk: &File) -> String {
+        self.try_play(step, disk).unwrap_or_else(|| panic!("it aborted at {step:?}"))
+    }
+
+    /// The same; `None` if the server aborted instead.
+    pub fn try_play(&mut self, step: &Step, disk: &File) -> Option<String> {
         let mut text = step.text.clone();
         for (index, fd) in self.added.iter().enumerate().rev() {
             text = text.replace(&format!("${index}"), &fd.to_string());
         }
         let fds = vec![disk.as_fd(); step.fds];
-        self.send(text.as_bytes(), &fds);
-        if step.more {
-            return String::new();
+        let mut sent = self.send(text.as_bytes(), &fds);
+        if step.more && sent.is_ok() {
+            return Some(String::new());
         }
         self.marks += 1;
         let mark = json!(format!("mark-{}", self.marks));
-        self.send(format!("{{\"execute\":\"query-commands\",\"id\":{mark}}}").as_bytes(), &[]);
+        if sent.is_ok() {
+            sent = self.send(format!("{{\"execute\":\"query-commands\",\"id\":{mark}}}").as_bytes(), &[]);
+        }
         let mut answers = String::new();
         loop {
             let mut line = String::new();
             let read = self.lines.read_line(&mut line);
+            if !matches!(read, Ok(1..)) && self.aborts() {
+                return None;
+            }
+            sent.as_ref().unwrap();
             assert!(matches!(read, Ok(1..)), "no answer to {step:?} ({read:?}); so far:\n{answers}");
             let answer: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line}: {e}"));
             if answer.get("id") == Some(&mark) {
-                return answers;
+                return Some(answers);
             }
             if answer.get("event").is_none() {
                 let answer = self.normalised(answer);
