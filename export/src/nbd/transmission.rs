@@ -356,6 +356,7 @@ impl Session<'_> {
         self.hand_over_look(to, LEAST_CHARGE, move |slot| {
             let (bytes, failed) = status::reply(style, &root.enter(), &contexts, to, len, one);
             meter.record(Kind::Status, len, failed, started);
+            drop((root, meter));
             slot.fill(bytes);
         })
     }
@@ -383,6 +384,7 @@ impl Session<'_> {
         self.hand_over_look(to, size, move |slot| {
             let (bytes, failed) = reply::read(style, &root.enter(), to, len);
             meter.record(Kind::Read, len.into(), failed, started);
+            drop((root, meter));
             slot.fill(bytes);
         })
     }
@@ -446,6 +448,7 @@ impl Session<'_> {
         self.hand_over(to, size, move |slot| {
             let result = root.enter().write(&payload, request.offset, request.flags & cmd_flag::FUA != 0);
             meter.record(Kind::Write, request.len, result.is_err(), started);
+            drop((root, meter));
             slot.fill(style.outcome(to, result));
         })
     }
@@ -471,6 +474,8 @@ impl Session<'_> {
             };
             drop(node);
             meter.record(kind, len, result.is_err(), started);
+            // Before the client can leave: whoever ends with the last client closes the node, and must be its last holder.
+            drop((root, meter));
             slot.fill(style.outcome(to, result));
         })
     }
