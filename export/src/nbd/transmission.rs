@@ -2,9 +2,10 @@
 //! The transmission phase: one thread, one loop, batches.
 //!
 //! Every request in the receive buffer is parsed; what can be answered without sleeping is answered into the send buffer at
-//! once, the rest goes to the workers and comes back through [`Completions`] in any order; then one write answers the batch.
-//! A hit in the page cache thus meets no other thread and no lock. Writes to the page cache are done in place too: they may
-//! sleep in the kernel, but only this client waits. Those past it (`O_DIRECT`) always sleep, and go to the workers.
+//! once, the rest goes to the workers and comes back through [`Completions`] in any order; one write answers the batch, or
+//! each 64 KiB of work in it. A hit in the page cache thus meets no other thread and no lock. Writes to the page cache are done
+//! in place too: they may sleep in the kernel, but only this client waits. Those past it (`O_DIRECT`) always sleep, and go to the
+//! workers.
 //!
 //! Memory is bounded by two buffers and [`MOST_CHARGED`] bytes of replies in flight.
 //!
@@ -353,11 +354,10 @@ impl Session<'_> {
         };
         let one = request.flags & cmd_flag::REQ_ONE != 0;
         let (root, meter, started) = (Arc::clone(self.root), self.meter.clone(), Instant::now());
-        self.hand_over_look(to, LEAST_CHARGE, move |slot| {
+        self.hand_over_look(to, LEAST_CHARGE, move || {
             let (bytes, failed) = status::reply(style, &root.enter(), &contexts, to, len, one);
             meter.record(Kind::Status, len, failed, started);
-            drop((root, meter));
-            slot.fill(bytes);
+            bytes
         })
     }
 
@@ -381,11 +381,10 @@ impl Session<'_> {
         }
         let (root, style) = (Arc::clone(self.root), self.style);
         let (meter, started) = (self.meter.clone(), Instant::now());
-        self.hand_over_look(to, size, move |slot| {
+        self.hand_over_look(to, size, move || {
             let (bytes, failed) = reply::read(style, &root.enter(), to, len);
             meter.record(Kind::Read, len.into(), failed, started);
-            drop((root, meter));
-            slot.fill(bytes);
+            bytes
         })
     }
 
@@ -445,11 +444,10 @@ impl Session<'_> {
         self.state = State::Header;
         let (root, style, to) = (Arc::clone(self.root), self.style, to(&request));
         let (meter, started) = (self.meter.clone(), Instant::now());
-        self.hand_over(to, size, move |slot| {
+        self.hand_over(to, size, move || {
             let result = root.enter().write(&payload, request.offset, request.flags & cmd_flag::FUA != 0);
             meter.record(Kind::Write, request.len, result.is_err(), started);
-            drop((root, meter));
-            slot.fill(style.outcome(to, result));
+            style.outcome(to, result)
         })
     }
 
@@ -459,7 +457,7 @@ impl Session<'_> {
         let (root, style, to) = (Arc::clone(self.root), self.style, to(&request));
         let durable = flags & cmd_flag::FUA != 0;
         let (meter, started) = (self.meter.clone(), Instant::now());
-        self.hand_over(to, LEAST_CHARGE, move |slot| {
+        self.hand_over(to, LEAST_CHARGE, move || {
             let node = root.enter();
             let result = match command {
                 Command::Flush => node.flush(),
@@ -474,9 +472,7 @@ impl Session<'_> {
             };
             drop(node);
             meter.record(kind, len, result.is_err(), started);
-            // Before the client can leave: whoever ends with the last client closes the node, and must be its last holder.
-            drop((root, meter));
-            slot.fill(style.outcome(to, result));
+            style.outcome(to, result)
         })
     }
 }

@@ -408,8 +408,10 @@ impl<'m> Queue<'m> {
                 let failed = result.is_err() || result.is_ok_and(|outcome| outcome.status != 0);
                 meter.record(kind, request.len, failed, started);
             }
-            slot.fill(result);
+            result
         };
+        // The work lets go of the node before the queue can end with it.
+        let work = move || slot.fill(work());
         // A guest is never gone in the middle: what it has asked for is done.
         self.setup.workers.submit(Job { export, client: export, look: false, work: Box::new(work) });
         Ok(())

@@ -9,7 +9,6 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::{LEAST_CHARGE, MOST_CHARGED, MOST_IN_FLIGHT, Session};
-use crate::nbd::completions::Slot;
 use crate::nbd::proto;
 use crate::nbd::reads::{Asked, Ended};
 use crate::nbd::reply::To;
@@ -26,22 +25,22 @@ impl Session<'_> {
         !self.is_busy() || self.charged + charge <= MOST_CHARGED
     }
 
-    /// Runs `work`, which changes nothing, on a worker, unless the client has gone before it begins.
+    /// Runs `work`, which changes nothing and gives the reply, on a worker, unless the client has gone before it begins.
     pub(super) fn hand_over_look(
         &mut self,
         to: To,
         size: usize,
-        work: impl FnOnce(Slot) + Send + 'static,
+        work: impl FnOnce() -> Vec<u8> + Send + 'static,
     ) -> io::Result<()> {
         self.give_to_workers(to, size, true, work)
     }
 
-    /// Runs `work` on a worker, within this connection's limits.
+    /// Runs `work`, which gives the reply, on a worker, within this connection's limits.
     pub(super) fn hand_over(
         &mut self,
         to: To,
         size: usize,
-        work: impl FnOnce(Slot) + Send + 'static,
+        work: impl FnOnce() -> Vec<u8> + Send + 'static,
     ) -> io::Result<()> {
         self.give_to_workers(to, size, false, work)
     }
@@ -51,7 +50,7 @@ impl Session<'_> {
         to: To,
         size: usize,
         look: bool,
-        work: impl FnOnce(Slot) + Send + 'static,
+        work: impl FnOnce() -> Vec<u8> + Send + 'static,
     ) -> io::Result<()> {
         let charge = size.max(LEAST_CHARGE);
         while self.in_flight >= MOST_IN_FLIGHT || !self.has_room_for(charge) {
@@ -63,7 +62,9 @@ impl Session<'_> {
         self.charged += charge;
         let slot = self.completions.slot(charge, self.style.error(to, proto::errno(&Errno::IO.into())));
         let (export, client) = (Arc::as_ptr(self.root).addr(), self.completions.number());
-        self.workers.submit(Job { export, client, look, work: Box::new(move || work(slot)) });
+        // The work lets go of the node before its reply is there: when the last client leaves with it, nobody else may keep the
+        // node from being closed.
+        self.workers.submit(Job { export, client, look, work: Box::new(move || slot.fill(work())) });
         Ok(())
     }
 
