@@ -78,14 +78,13 @@ fn main() {
     for missing in SERVERS.iter().filter(|server| !server.is_there()) {
         println!("left out: {} (not installed)", missing.name);
     }
-    let exactly: Vec<&Workload> = WORKLOADS.iter().filter(|workload| workload.name == options.only).collect();
-    let wanted = match exactly[..] {
-        [] => WORKLOADS.iter().filter(|workload| workload.name.contains(&options.only)).collect(),
-        _ => exactly,
+    let exactly = WORKLOADS.iter().any(|workload| workload.name == options.only);
+    let wanted = |workload: &&Workload| {
+        if exactly { workload.name == options.only } else { workload.name.contains(&options.only) }
     };
     let mut report = Report::default();
     for round in 1..=options.rounds {
-        for workload in &wanted {
+        for workload in WORKLOADS.iter().filter(wanted) {
             let image = match workload.format {
                 Format::Raw => Some(&raw),
                 Format::Qcow2 => qcow2.as_ref(),
