@@ -6,7 +6,6 @@
 //! Where that is in vain (a slow client, one that runs on the same processor, a machine that is busy with other work) it sleeps
 //! at once the next times, twice as often after every failure. An idle daemon costs nothing.
 
-use std::io;
 use std::time::{Duration, Instant};
 
 /// How long after an answer a quick client asks again, unless said otherwise. About what it costs to wake two threads, one after
@@ -53,7 +52,7 @@ impl Attention {
     ///
     /// # Errors
     /// Those of `look`.
-    pub fn look_out<T>(&mut self, mut look: impl FnMut() -> io::Result<Option<T>>) -> io::Result<Option<T>> {
+    pub fn look_out<T, E>(&mut self, mut look: impl FnMut() -> Result<Option<T>, E>) -> Result<Option<T>, E> {
         let Some(end) = self.patience(Instant::now()) else { return Ok(None) };
         loop {
             if let Some(something) = look()? {

@@ -348,11 +348,11 @@ impl<'m> Queue<'m> {
     /// Looks out for the next request, if that is worth it; whether there is one, or the queue is to stop.
     fn look_out(&mut self) -> Result<bool, Corrupt> {
         let (ring, stop) = (&self.ring, &self.stop.flag);
-        let came = self.attention.look_out(|| match ring.available() {
-            Ok(0) if !stop.load(Ordering::Acquire) => Ok(None),
-            other => Ok(Some(other)),
-        });
-        came.ok().flatten().transpose().map(|came| came.is_some())
+        let came = self.attention.look_out(|| {
+            let something = ring.available()? > 0 || stop.load(Ordering::Acquire);
+            Ok(something.then_some(()))
+        })?;
+        Ok(came.is_some())
     }
 
     /// Takes and does what is available, up to a batch; how many that were.

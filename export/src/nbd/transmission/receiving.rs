@@ -28,10 +28,8 @@ impl Session<'_> {
             }
             if self.way.channel.is_encrypted() {
                 // What is decrypted already is nothing that the socket could be polled for.
-                match self.inbox.receive(self.way.channel, wanted, false) {
-                    Ok(came) => return Ok(came > 0),
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(e) => return Err(e),
+                if let Some(came) = self.receive_now(wanted)? {
+                    return Ok(came);
                 }
             }
             let socket = self.way.channel.stream();
@@ -56,12 +54,8 @@ impl Session<'_> {
             if self.leaves() {
                 return Ok(false);
             }
-            if socket {
-                match self.inbox.receive(self.way.channel, wanted, false) {
-                    Ok(came) => return Ok(came > 0),
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(e) => return Err(e),
-                }
+            if socket && let Some(came) = self.receive_now(wanted)? {
+                return Ok(came);
             }
             if !self.is_busy() {
                 return self.receive_alone(wanted);
@@ -95,18 +89,18 @@ impl Session<'_> {
     /// is to move. `None` if nothing came.
     fn look_out(&mut self, wanted: usize) -> io::Result<Option<bool>> {
         let mut attention = std::mem::take(&mut self.attention);
-        let came = attention.look_out(|| {
-            if self.leaves() {
-                return Ok(Some(false));
-            }
-            match self.inbox.receive(self.way.channel, wanted, false) {
-                Ok(came) => Ok(Some(came > 0)),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
-                Err(e) => Err(e),
-            }
-        });
+        let came = attention.look_out(|| if self.leaves() { Ok(Some(false)) } else { self.receive_now(wanted) });
         self.attention = attention;
         came
+    }
+
+    /// Receives what is there: false at the end of the stream, `None` if nothing is.
+    fn receive_now(&mut self, wanted: usize) -> io::Result<Option<bool>> {
+        match self.inbox.receive(self.way.channel, wanted, false) {
+            Ok(came) => Ok(Some(came > 0)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 
     /// Whether what comes next is a request.
