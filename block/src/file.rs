@@ -16,10 +16,8 @@ use sys::file;
 
 use crate::claims::Demand;
 use crate::direct::Direct;
-use crate::driver::{
-    Ask, Detail, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, OptionValue, Prepared,
-    Target, ZeroFlags,
-};
+use crate::driver::{Ask, Detail, Driver, Info, Mapping, Prepared, Target, ZeroFlags};
+use crate::drivers::{DriverEntry, OpenRequest, OptionKind, OptionSpec, OptionValue};
 use crate::host::Descriptor;
 use crate::image_locks::ImageLocks;
 use crate::located::HostFile;

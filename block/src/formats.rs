@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::driver::{OptionKind, OptionSpec, OptionValue, Options};
+use crate::drivers::{OptionKind, OptionSpec, OptionValue, Options};
 use crate::vmdk::stream::Stream;
 use crate::{BlockNode, Error, ErrorKind, Preallocation, Result, luks, qcow2, vdi, vmdk, vpc};
 

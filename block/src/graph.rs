@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::alarm::Alarm;
 use crate::claims::{Claim, Use, User, Writes};
-use crate::driver::{Children, OpenRequest, Options, driver_named};
+use crate::drivers::{Children, OpenRequest, Options, driver_named};
 use crate::host::{Descriptor, Host};
 use crate::node::NodeAccess;
 use crate::{BlockNode, Error, ErrorKind, Result};

@@ -4,7 +4,8 @@
 use std::sync::Arc;
 
 use crate::alarm::Alarm;
-use crate::driver::{Driver, DriverEntry, OpenRequest};
+use crate::driver::Driver;
+use crate::drivers::{DriverEntry, OpenRequest};
 use crate::qcow2::header::Header;
 use crate::{BlockNode, Children, DRIVERS, Error, Info, Result, Snapshot, Snapshots, Wait, driver_named, vmdk};
 

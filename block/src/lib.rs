@@ -17,6 +17,7 @@ mod claims;
 mod coalesce;
 mod direct;
 mod driver;
+mod drivers;
 mod encryption;
 mod error;
 mod file;
@@ -48,9 +49,9 @@ mod vvfat;
 
 pub use alarm::{Alarm, Corruption};
 pub use claims::{Claim, Demand, Use, User, Writes};
-pub use driver::{
-    Ask, ChildSpec, Children, DRIVERS, Detail, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, OptionKind,
-    OptionSpec, OptionValue, Options, Pending, Prepared, Target, ZeroFlags, driver_named,
+pub use driver::{Ask, Detail, Driver, Info, InfoValue, Mapping, Pending, Prepared, Target, ZeroFlags};
+pub use drivers::{
+    ChildSpec, Children, DRIVERS, DriverEntry, OpenRequest, OptionKind, OptionSpec, OptionValue, Options, driver_named,
 };
 pub use encryption::Encryption;
 pub use error::{Error, ErrorKind, Result};

@@ -6,10 +6,8 @@ use std::sync::Arc;
 
 use crate::child::Child;
 use crate::claims::Writes;
-use crate::driver::{
-    Ask, ChildSpec, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared, Target,
-    ZeroFlags,
-};
+use crate::driver::{Ask, Driver, Info, Mapping, Prepared, Target, ZeroFlags};
+use crate::drivers::{ChildSpec, DriverEntry, OpenRequest, OptionKind, OptionSpec};
 use crate::{BlockNode, Error, Preallocation, Result};
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {

@@ -2,7 +2,7 @@
 //! Making a volume. The header's first sector is written last: until then there is no volume.
 
 use super::{SECTOR, options, volume};
-use crate::driver::{OptionKind, OptionSpec, OptionValue};
+use crate::drivers::{OptionKind, OptionSpec, OptionValue};
 use crate::formats::{CreateRequest, preallocation_named};
 use crate::{Error, Preallocation, Result};
 

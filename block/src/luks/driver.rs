@@ -12,10 +12,8 @@ use super::header;
 use super::volume::{self, Volume};
 use crate::child::Child;
 use crate::claims::Writes;
-use crate::driver::{
-    Ask, ChildSpec, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, Prepared, Target,
-    ZeroFlags,
-};
+use crate::driver::{Ask, Driver, Info, Mapping, Prepared, Target, ZeroFlags};
+use crate::drivers::{ChildSpec, DriverEntry, OpenRequest, OptionKind, OptionSpec};
 use crate::encryption::Encryption;
 use crate::{BlockNode, Error, Preallocation, Result, Wait};
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::cipher::CipherSpec;
 use super::keys::Hash;
 use super::volume::FormatOptions;
-use crate::driver::{OptionValue, Options};
+use crate::drivers::{OptionValue, Options};
 use crate::{Error, Result, Secret};
 
 pub const CIPHER_ALG: &str = "the cipher: aes-128, aes-192 or aes-256, the default";

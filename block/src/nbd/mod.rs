@@ -18,10 +18,8 @@ use rustix::io::Errno;
 use sys::file::Wait;
 
 use crate::alarm::Alarm;
-use crate::driver::{
-    Ask, Detail, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, OptionKind, OptionSpec, OptionValue,
-    Prepared, Target, ZeroFlags,
-};
+use crate::driver::{Ask, Detail, Driver, Info, InfoValue, Mapping, Prepared, Target, ZeroFlags};
+use crate::drivers::{DriverEntry, OpenRequest, OptionKind, OptionSpec, OptionValue};
 use crate::host::Descriptor;
 use crate::{Error, Result};
 use connection::{Answer, Connection, NoAnswer, Request};

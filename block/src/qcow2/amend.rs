@@ -7,7 +7,7 @@ use super::check::{change_refcount_width, check, spell_out_zeroes};
 use super::header::{self, DATA_FILE_RAW, Header, LAZY_REFCOUNTS};
 use super::rewrite::{EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_DATA_FILE, Parts};
 use super::snapshot_table::{self, Entry};
-use crate::driver::{OptionValue, Options};
+use crate::drivers::{OptionValue, Options};
 use crate::{BlockNode, Error, Repair, Result};
 
 /// Bytes of the header where compatible and autoclear features and the refcount order stand.

@@ -10,7 +10,7 @@ use super::entry::{L1Entry, L2Entry, Rules};
 use super::header::{self, EXT_LUKS, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 use super::refcounts::set_count_at;
 use super::rewrite::{EXT_BACKING_FORMAT, EXT_DATA_FILE, Parts};
-use crate::driver::{OptionKind, OptionSpec, OptionValue, Options};
+use crate::drivers::{OptionKind, OptionSpec, OptionValue, Options};
 use crate::formats::{CreateRequest, preallocation_named};
 use crate::luks::{self, FormatOptions};
 use crate::{BlockNode, Error, Preallocation, Result, Secret};

@@ -46,9 +46,8 @@ use crate::alarm::{Alarm, Corruption};
 use crate::bitmap::Bitmaps;
 use crate::claims::Writes;
 use crate::coalesce::Coalesced;
-use crate::driver::{
-    Ask, ChildSpec, Driver, DriverEntry, Info, Mapping, OptionKind, OptionSpec, Prepared, Target, ZeroFlags,
-};
+use crate::driver::{Ask, Driver, Info, Mapping, Prepared, Target, ZeroFlags};
+use crate::drivers::{ChildSpec, DriverEntry, OptionKind, OptionSpec};
 use crate::encryption::Encryption;
 use crate::gate::{Gate, Hold};
 use crate::inflated::{Content, Inflated};

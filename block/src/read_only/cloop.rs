@@ -14,7 +14,8 @@ use flate2::{Decompress, FlushDecompress, Status};
 use rustix::io::Errno;
 
 use super::{FILE, Lookup, ReadOnly, Run, Stored, entry, field, header, u32_be};
-use crate::driver::{Driver, DriverEntry, Info, OpenRequest};
+use crate::driver::{Driver, Info};
+use crate::drivers::{DriverEntry, OpenRequest};
 use crate::{BlockNode, Error, Result, Wait};
 
 pub(crate) const ENTRY: DriverEntry =

@@ -19,7 +19,8 @@ use rustix::io::Errno;
 use self::chunks::{Chunk, Chunks};
 use super::cloop::zlib;
 use super::{FILE, Lookup, ReadOnly, Run, Stored, entry};
-use crate::driver::{Driver, DriverEntry, Info, OpenRequest};
+use crate::driver::{Driver, Info};
+use crate::drivers::{DriverEntry, OpenRequest};
 use crate::{BlockNode, Result, Wait};
 
 /// Its mark is at the end, where nobody probes.

@@ -17,7 +17,8 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use crate::claims::Writes;
-use crate::driver::{Ask, ChildSpec, Driver, DriverEntry, Info, Mapping, OpenRequest, Prepared, Target, ZeroFlags};
+use crate::driver::{Ask, Driver, Info, Mapping, Prepared, Target, ZeroFlags};
+use crate::drivers::{ChildSpec, DriverEntry, OpenRequest};
 use crate::inflated::Inflated;
 use crate::{BlockNode, Error, Result, Wait};
 

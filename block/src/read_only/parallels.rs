@@ -13,7 +13,8 @@ use std::io;
 use std::sync::Arc;
 
 use super::{FILE, Lookup, ReadOnly, Run, Stored, entry, field, header, u32_le, u64_le};
-use crate::driver::{Driver, DriverEntry, Info, OpenRequest};
+use crate::driver::{Driver, Info};
+use crate::drivers::{DriverEntry, OpenRequest};
 use crate::{BlockNode, Error, Result, Wait};
 
 pub(crate) const ENTRY: DriverEntry =

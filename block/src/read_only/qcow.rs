@@ -15,7 +15,8 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::{BACKING, FILE, Lookup, ReadOnly, Run, Stored, backing_name, entry, field, header, u32_be, u64_be};
-use crate::driver::{Driver, DriverEntry, Info, OpenRequest};
+use crate::driver::{Driver, Info};
+use crate::drivers::{DriverEntry, OpenRequest};
 use crate::qcow2::header::Compression;
 use crate::qcow2::inflate::Inflater;
 use crate::{BlockNode, Error, Result, Wait};

@@ -4,7 +4,7 @@
 //! comes last: until then there is no image.
 
 use super::{BLOCK, HEADER, MAX_BLOCKS, SIGNATURE, STATIC, VERSION};
-use crate::driver::{OptionKind, OptionSpec, OptionValue};
+use crate::drivers::{OptionKind, OptionSpec, OptionValue};
 use crate::formats::{CreateRequest, preallocation_named, random};
 use crate::{Error, Preallocation, Result};
 

@@ -20,7 +20,8 @@ use std::sync::Arc;
 
 use crate::blocks::{Blocks, Layout, Place};
 use crate::claims::Writes;
-use crate::driver::{Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, Prepared, ZeroFlags};
+use crate::driver::{Ask, Driver, Info, InfoValue, Mapping, Prepared, ZeroFlags};
+use crate::drivers::{ChildSpec, DriverEntry, OpenRequest};
 use crate::{BlockNode, Error, Preallocation, Result, Wait};
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {

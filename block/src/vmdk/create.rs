@@ -9,7 +9,7 @@
 use super::descriptor::{self, Extent, NO_PARENT};
 use super::header::{NEWLINES, REDUNDANT, SECTOR, ZERO_GRAINS};
 use super::stream::Stream;
-use crate::driver::{OptionKind, OptionSpec, OptionValue, Options};
+use crate::drivers::{OptionKind, OptionSpec, OptionValue, Options};
 use crate::formats::{CreateRequest, random};
 use crate::{BlockNode, Error, Preallocation, Result};
 

@@ -28,7 +28,8 @@ use rustix::io::Errno;
 use sparse::Sparse;
 
 use crate::claims::Writes;
-use crate::driver::{Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, Prepared, ZeroFlags};
+use crate::driver::{Ask, Driver, Info, InfoValue, Mapping, Prepared, ZeroFlags};
+use crate::drivers::{ChildSpec, DriverEntry, OpenRequest};
 use crate::{BlockNode, Error, Inspection, Result, Wait};
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {

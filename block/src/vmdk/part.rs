@@ -10,7 +10,8 @@ use super::descriptor::{Access, ExtentLine};
 use super::header::{Header, SECTOR};
 use super::sesparse::SeSparse;
 use super::sparse::Sparse;
-use crate::driver::{Ask, Children, Mapping, Prepared, Target, ZeroFlags};
+use crate::driver::{Ask, Mapping, Prepared, Target, ZeroFlags};
+use crate::drivers::Children;
 use crate::{BlockNode, Error, Result};
 
 pub struct Part {

@@ -3,7 +3,7 @@
 //! geometry can say.
 
 use super::{COOKIE, DYNAMIC, FIXED, FOOTER, MAX_CHS, MAX_SIZE, SECTOR, checksum};
-use crate::driver::{OptionKind, OptionSpec, OptionValue};
+use crate::drivers::{OptionKind, OptionSpec, OptionValue};
 use crate::formats::{CreateRequest, random};
 use crate::{Error, Preallocation, Result};
 

@@ -26,10 +26,8 @@ use fixed::Fixed;
 
 use crate::blocks::{Blocks, Layout, Place};
 use crate::claims::Writes;
-use crate::driver::{
-    Ask, ChildSpec, Driver, DriverEntry, Info, InfoValue, Mapping, OpenRequest, OptionKind, OptionSpec, OptionValue,
-    Prepared, ZeroFlags,
-};
+use crate::driver::{Ask, Driver, Info, InfoValue, Mapping, Prepared, ZeroFlags};
+use crate::drivers::{ChildSpec, DriverEntry, OpenRequest, OptionKind, OptionSpec, OptionValue};
 use crate::{BlockNode, Error, Preallocation, Result, Wait};
 
 pub(crate) const ENTRY: DriverEntry = DriverEntry {

@@ -21,10 +21,8 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use crate::driver::{
-    Ask, Detail, Driver, DriverEntry, Info, Mapping, OpenRequest, OptionKind, OptionSpec, OptionValue, Prepared,
-    Target, ZeroFlags,
-};
+use crate::driver::{Ask, Detail, Driver, Info, Mapping, Prepared, Target, ZeroFlags};
+use crate::drivers::{DriverEntry, OpenRequest, OptionKind, OptionSpec, OptionValue};
 use crate::{Error, Result};
 pub use changes::{Change, ChangeKind, Changes};
 use names::Short;

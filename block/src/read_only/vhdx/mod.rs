@@ -21,7 +21,8 @@ use rustix::io::Errno;
 use self::layout::{Layout, MIB};
 use self::log::Replayed;
 use super::{FILE, Lookup, ReadOnly, Run, Stored, entry};
-use crate::driver::{Driver, DriverEntry, Info, OpenRequest};
+use crate::driver::{Driver, Info};
+use crate::drivers::{DriverEntry, OpenRequest};
 use crate::{Error, Result, Wait};
 
 pub(crate) const ENTRY: DriverEntry =
